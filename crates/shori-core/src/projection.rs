@@ -1,0 +1,158 @@
+//! What is derived from captured tables, and the table it is written to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, SchemaRef, TimeUnit};
+
+use crate::position::CaptureId;
+
+/// A projection as configured. Nothing here knows a business table: it is SQL and names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Projection {
+    pub name: Arc<str>,
+    pub derivation: Derivation,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Derivation {
+    Sql(SqlProjection),
+    /// The current rows of one table, with `__source_lsn`.
+    Latest {
+        table: Arc<str>,
+    },
+    /// All versions of the rows of one table (SCD type 2).
+    History(HistoryProjection),
+}
+
+/// Rows derived by a query over the current rows of tables.
+///
+/// The query names tables as they are captured, without a schema; every table has its columns and `__lsn`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SqlProjection {
+    /// Where the text stands, for messages.
+    pub file: String,
+    pub text: String,
+    pub tables: Vec<Arc<str>>,
+    /// Columns of the result that make its key.
+    pub key: Vec<String>,
+    pub maintenance: Maintenance,
+}
+
+/// How a query's result is kept up to date.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Maintenance {
+    /// Computed in full and compared with what stands.
+    Recompute,
+    /// Computed over the touched entities alone, before and after.
+    ByEntity { entity: Entity, measures: Measures },
+}
+
+/// What a result row says of its entities.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Measures {
+    /// Each result row belongs to one entity (the entity is part of the key, or a result key never spans two): rows
+    /// before and after are compared by key.
+    PerEntity,
+    /// A result row sums over entities: `additive` columns take the difference between after and before. `weight`, a
+    /// column of the query, counts base rows; a result row whose weight is zero is gone. It is published only if
+    /// `publish_weight`. With columns that are neither key nor additive, touched keys are recomputed in full.
+    Additive { additive: Vec<String>, weight: String, publish_weight: bool },
+}
+
+/// The thing by which a result is maintained (an order), and how a row of each table leads to the ones it touches.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Entity {
+    pub paths: BTreeMap<Arc<str>, EntityPath>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EntityPath {
+    /// The row holds the entity in this column.
+    Column(String),
+    /// The row leads to the rows of `table` whose `their_column` equals its `own_column`, and on from there.
+    Through { table: Arc<str>, own_column: String, their_column: String },
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HistoryProjection {
+    pub table: Arc<str>,
+    /// Names of the key columns in the history, in the table's key order.
+    pub key: Vec<String>,
+}
+
+impl Projection {
+    /// Captured tables that the projection reads.
+    pub fn tables(&self) -> Vec<Arc<str>> {
+        match &self.derivation {
+            Derivation::Sql(sql) => sql.tables.clone(),
+            Derivation::Latest { table } => vec![table.clone()],
+            Derivation::History(history) => vec![history.table.clone()],
+        }
+    }
+
+    /// Whether an output may go out while an initial snapshot still runs. A query over several half-read tables would
+    /// mislead, one table's rows do not.
+    pub fn shows_partial_snapshot(&self) -> bool {
+        !matches!(self.derivation, Derivation::Sql(_))
+    }
+}
+
+/// The shape of a projection's table in its target store.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetShape {
+    /// Unique by key.
+    Rows,
+    /// Several versions per key; see [`history`].
+    Versions,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// Names the control rows, and the table.
+    pub projection: Arc<str>,
+    pub shape: TargetShape,
+    pub key: Vec<String>,
+    /// What outputs carry. A history's table has the store's own columns besides.
+    pub columns: SchemaRef,
+    pub captures: Vec<CaptureId>,
+}
+
+/// Columns of a history that the engine fills, after key and tracked columns, in this order. The store adds
+/// `surrogate_key` in front, and `batch_id, created_at, updated_at` before `__source_lsn`.
+pub mod history {
+    use super::*;
+
+    /// max(source commit time, the key's previous boundary + 1 us): versions of a key never overlap, whatever the
+    /// source's clock did.
+    pub const VALID_FROM: &str = "valid_from";
+    /// Equals the successor's `valid_from`; null for the current version.
+    pub const VALID_TO: &str = "valid_to";
+    pub const IS_CURRENT: &str = "is_current";
+    /// What opened the version: INSERT, UPDATE or SNAPSHOT.
+    pub const CDC_OPERATION: &str = "cdc_operation";
+    /// Source commit time as it was.
+    pub const CDC_TIMESTAMP: &str = "cdc_timestamp";
+    /// The commit that opened the version; unique per key.
+    pub const SOURCE_LSN: &str = "__source_lsn";
+
+    pub const SURROGATE_KEY: &str = "surrogate_key";
+    pub const BATCH_ID: &str = "batch_id";
+    pub const CREATED_AT: &str = "created_at";
+    pub const UPDATED_AT: &str = "updated_at";
+
+    pub fn fields() -> Vec<Field> {
+        let time = DataType::Timestamp(TimeUnit::Microsecond, None);
+        vec![
+            Field::new(VALID_FROM, time.clone(), false),
+            Field::new(VALID_TO, time.clone(), true),
+            Field::new(IS_CURRENT, DataType::Boolean, false),
+            Field::new(CDC_OPERATION, DataType::Utf8, false),
+            Field::new(CDC_TIMESTAMP, time, false),
+            Field::new(SOURCE_LSN, DataType::Binary, false),
+        ]
+    }
+}
+
+/// The column of a `latest` projection that tells which commit left the row as it is.
+pub const SOURCE_LSN: &str = "__source_lsn";

@@ -1,0 +1,121 @@
+//! One DuckDB instance for everything embedded: its files share one memory limit and one set of threads.
+//!
+//! The instance itself is in memory; files are attached by name. A transaction may write to one attached file only, so
+//! store and transform use connections of their own.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use duckdb::{Config, Connection};
+use shori_core::{Error, ErrorKind, Result};
+
+/// Bounds of the instance.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Memory for data, in MiB. The process takes some more for Arrow batches and code.
+    pub memory_limit_mib: u64,
+    pub threads: usize,
+    /// Where what does not fit into memory goes.
+    pub spill_directory: PathBuf,
+    /// Run calls on the caller's thread: for the simulation, where order must be the same in every run.
+    pub inline: bool,
+}
+
+/// A handle to the instance; clones share it.
+#[derive(Clone)]
+pub struct Database {
+    root: Arc<Mutex<Connection>>,
+    inline: bool,
+}
+
+impl Database {
+    pub fn open(settings: &Settings) -> Result<Self> {
+        let fail = |cause| duckdb_error("open", "the embedded DuckDB", cause);
+        let config = Config::default()
+            .with("autoinstall_known_extensions", "false")
+            .and_then(|config| config.with("autoload_known_extensions", "false"))
+            .and_then(|config| config.with("memory_limit", format!("{}MiB", settings.memory_limit_mib)))
+            .and_then(|config| config.with("threads", settings.threads.to_string()))
+            .and_then(|config| config.with("temp_directory", settings.spill_directory.display().to_string()))
+            .map_err(fail)?;
+        let root = Connection::open_in_memory_with_flags(config).map_err(fail)?;
+        Ok(Self { root: Arc::new(Mutex::new(root)), inline: settings.inline })
+    }
+
+    /// Attaches the file as catalog `name`, creating it if missing.
+    pub fn attach(&self, path: &Path, name: &str) -> Result<()> {
+        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let statement = format!("attach {} as {}", quote_text(&path.display().to_string()), quote_name(name));
+        root.execute_batch(&statement)
+            .map_err(|cause| duckdb_error("open", format!("DuckDB file {}", path.display()), cause))
+    }
+
+    pub fn detach(&self, name: &str) -> Result<()> {
+        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        root.execute_batch(&format!("detach {}", quote_name(name))).map_err(|cause| duckdb_error("close", name, cause))
+    }
+
+    /// A connection whose unqualified names are those of catalog `name`. Times read as UTC, whatever the machine's zone.
+    pub fn connect(&self, name: &str) -> Result<Connection> {
+        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let connect = || {
+            let connection = root.try_clone()?;
+            connection.execute_batch(&format!("use {}; set TimeZone = 'UTC';", quote_name(name)))?;
+            Ok(connection)
+        };
+        connect().map_err(|cause| duckdb_error("connect to", format!("DuckDB catalog {name}"), cause))
+    }
+
+    /// Runs blocking work off the async threads.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        if self.inline {
+            return work();
+        }
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result,
+            Err(cause) => Err(Error::new(ErrorKind::Internal, "finish", "a DuckDB call", cause)),
+        }
+    }
+}
+
+/// `"name"`, safe in a statement.
+pub fn quote_name(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// `'text'`, safe in a statement.
+pub fn quote_text(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Tells apart what the engine must: DuckDB gives kinds only as text.
+pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::Error) -> Error {
+    let text = cause.to_string();
+    let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
+    let (kind, remedy) = if has(&["No space left", "Disk quota", "max_temp_directory_size"]) {
+        (ErrorKind::DiskFull, Some("free some space and start again: nothing is lost"))
+    } else if has(&["Could not set lock", "Conflicting lock"]) {
+        (ErrorKind::InUse, Some("stop the other process, or use the commands that reach it through its socket"))
+    } else if has(&[
+        "not a valid DuckDB database",
+        "corrupt",
+        "Corrupt",
+        "Serialization Error",
+        "checksum",
+        "could not read all bytes",
+        "Could not read enough bytes",
+    ]) {
+        (ErrorKind::Corrupt, Some("restore the file from a copy, or move it away to start afresh"))
+    } else if has(&["database has been invalidated"]) {
+        (ErrorKind::Corrupt, Some("start again: the file is recovered from its write-ahead log"))
+    } else if has(&["Out of Memory"]) {
+        (ErrorKind::Refused, Some("raise memory_limit_mib"))
+    } else {
+        (ErrorKind::Refused, None)
+    };
+    let error = Error::new(kind, operation, object, cause);
+    match remedy {
+        Some(remedy) => error.with_remedy(remedy),
+        None => error,
+    }
+}

@@ -1,0 +1,6 @@
+//! DuckDB, embedded: as the place where state is kept and outputs are computed, and as a store.
+
+pub mod database;
+pub mod store;
+pub mod transform;
+mod types;
