@@ -32,6 +32,11 @@ pub enum Event {
         capture: CaptureId,
         reason: String,
     },
+    /// A source has ended for good.
+    SourceFailed {
+        timeline: Arc<str>,
+        reason: String,
+    },
     /// The log has been applied to state.
     Advanced {
         rows: u64,

@@ -1,1 +1,355 @@
+//! One ingestor per source: reads, appends, acknowledges, in that order (contract 5).
+//!
+//! The next batch is read while the last one is appended. Whatever goes wrong, the ingestor starts the source again from
+//! the watermarks that the store holds; nothing else is remembered.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, ErrorKind, Response, Result};
+use crate::event::{Event, Events};
+use crate::position::{CaptureId, Position, Watermark};
+use crate::recent::Recent;
+use crate::retry::{Backoff, RetryPolicy};
+use crate::schema::SchemaChange;
+use crate::source::{BatchLimit, CaptureInfo, Resume, Source, SourceBatch, Started};
+use crate::store::{Append, Appended, CaptureState, Store};
+
+#[derive(Clone, Copy, Debug)]
+pub struct IngestSettings {
+    pub batch: BatchLimit,
+    /// Longest pause between two looks at an idle source.
+    pub poll_interval: Duration,
+    pub retry: RetryPolicy,
+    /// Stop when what the source held at start is in the log.
+    pub once: bool,
+}
+
+/// What the log holds, as the ingestors of this process know it.
+#[derive(Clone, Default, Debug)]
+pub struct LogState {
+    pub captures: BTreeMap<CaptureId, CaptureState>,
+    /// Sources that have been started at least once, by timeline.
+    pub ready: BTreeMap<Arc<str>, Activity>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Activity {
+    Reading,
+    /// Nothing more will come: caught up where that was asked for, or stopped.
+    Ended,
+}
+
+/// Asks a running ingestor for something; the answer tells when it is stored.
+pub enum IngestRequest {
+    Resnapshot { capture: CaptureId, retyped: bool, done: oneshot::Sender<Result<()>> },
+}
+
+pub struct Ingestor {
+    source: Box<dyn Source>,
+    store: Arc<dyn Store>,
+    recent: Recent,
+    log: Arc<watch::Sender<LogState>>,
+    requests: mpsc::Receiver<IngestRequest>,
+    events: Events,
+    settings: IngestSettings,
+}
+
+/// Why one reading session ended, other than by an error.
+enum Ended {
+    /// Asked to stop, or caught up.
+    Finished,
+    /// What the store holds has changed under us: start from there.
+    Again,
+}
+
+/// Where a session stands.
+struct Session {
+    /// Active captures and their staged positions, as this writer believes them stored.
+    expected: BTreeMap<CaptureId, Position>,
+    watermark: Watermark,
+    /// What `once` waits for.
+    goal: Option<Position>,
+}
+
+impl Ingestor {
+    pub fn new(
+        source: Box<dyn Source>,
+        store: Arc<dyn Store>,
+        recent: Recent,
+        log: Arc<watch::Sender<LogState>>,
+        requests: mpsc::Receiver<IngestRequest>,
+        events: Events,
+        settings: IngestSettings,
+    ) -> Self {
+        Self { source, store, recent, log, requests, events, settings }
+    }
+
+    pub(crate) fn set_events(&mut self, events: Events) {
+        self.events = events;
+    }
+
+    /// Reads until stopped. An error returned is one that trying again does not mend.
+    pub async fn run(mut self, stop: CancellationToken) -> Result<()> {
+        let timeline = self.source.timeline();
+        let mut backoff = Backoff::new(self.settings.retry);
+        let result = loop {
+            match self.session(&stop, &mut backoff).await {
+                Ok(Ended::Finished) => break Ok(()),
+                Ok(Ended::Again) => {}
+                Err(error) if error.response() == Response::Retry => {
+                    let after = backoff.failed();
+                    let what = format!("source {timeline}");
+                    self.events.send(Event::Retrying { what, reason: error.to_string(), after });
+                    tokio::select! { biased; _ = stop.cancelled() => break Ok(()), _ = tokio::time::sleep(after) => {} }
+                }
+                Err(error) => {
+                    self.events.send(Event::SourceFailed { timeline: timeline.clone(), reason: error.to_string() });
+                    break Err(error);
+                }
+            }
+        };
+        self.log.send_modify(|log| {
+            log.ready.insert(timeline, Activity::Ended);
+        });
+        result
+    }
+
+    async fn session(&mut self, stop: &CancellationToken, backoff: &mut Backoff) -> Result<Ended> {
+        let mut session = self.begin().await?;
+        if stop.is_cancelled() {
+            return Ok(Ended::Finished);
+        }
+        if self.settings.once {
+            session.goal = Some(self.source.head().await?.boundary);
+        }
+        let mut batch = self.source.next(self.settings.batch).await?;
+        loop {
+            backoff.succeeded();
+            let failed = std::mem::take(&mut batch.failed);
+            self.leave_out(failed, Some(&mut session)).await?;
+            let ahead = if is_news(&batch, &session) { self.append(&mut batch, &mut session).await? } else { None };
+            if stop.is_cancelled() || self.reached(&session) {
+                return Ok(Ended::Finished);
+            }
+            batch = match ahead {
+                Some(next) => next,
+                None if batch.more => self.source.next(self.settings.batch).await?,
+                None => match self.pause(stop).await? {
+                    Some(ended) => return Ok(ended),
+                    None => self.source.next(self.settings.batch).await?,
+                },
+            };
+        }
+    }
+
+    /// Starts the source where the store stands, and makes the store ready for what it captures.
+    async fn begin(&mut self) -> Result<Session> {
+        let timeline = self.source.timeline();
+        let mut known = self.store.captures().await?;
+        known.retain(|_, state| state.timeline == timeline);
+        let furthest = known.values().map(|state| state.watermark).max_by_key(|mark| mark.staged);
+        let resume = known.iter().map(|(id, state)| {
+            // A capture that stands still must not hold reading back; what comes for it is dropped.
+            let watermark = if state.failed.is_some() { furthest.unwrap_or(state.watermark) } else { state.watermark };
+            let schema = (state.watermark != Watermark::ZERO).then(|| state.schema.clone());
+            (id.clone(), Resume { watermark, snapshot: state.snapshot.clone(), schema })
+        });
+        let resume = resume.collect();
+        let Started { identity, captures, failed } = self.source.start(&resume).await?;
+        self.leave_out(failed, None).await?;
+        let captures = self.compatible(captures, &known).await?;
+        self.store.prepare_captures(&timeline, &identity, &captures).await?;
+        let mut stored = self.store.captures().await?;
+        stored.retain(|_, state| state.timeline == timeline);
+        let active = |id: &CaptureId, state: &CaptureState| {
+            state.failed.is_none() && captures.iter().any(|capture| capture.id == *id)
+        };
+        let active: Vec<_> = stored.iter().filter(|(id, state)| active(id, state)).collect();
+        let expected = active.iter().map(|(id, state)| ((*id).clone(), state.watermark.staged)).collect();
+        let watermark = active.iter().map(|(_, state)| state.watermark).min_by_key(|mark| mark.staged);
+        self.log.send_modify(|log| {
+            log.captures.retain(|_, state| state.timeline != timeline);
+            log.captures.extend(stored);
+            log.ready.insert(timeline, Activity::Reading);
+        });
+        Ok(Session { expected, watermark: watermark.unwrap_or(Watermark::ZERO), goal: None })
+    }
+
+    /// Captures whose schema can follow the stored one; the others are marked (contract 11).
+    async fn compatible(
+        &mut self,
+        captures: Vec<CaptureInfo>,
+        known: &BTreeMap<CaptureId, CaptureState>,
+    ) -> Result<Vec<CaptureInfo>> {
+        let mut fit = Vec::with_capacity(captures.len());
+        let mut misfits = Vec::new();
+        for capture in captures {
+            match known.get(&capture.id).map(|state| state.schema.change_to(&capture.schema)) {
+                Some(SchemaChange::Incompatible { reason }) => {
+                    let table = capture.schema.table.clone();
+                    let error = Error::new(ErrorKind::Schema, "capture", format!("table {table}"), reason)
+                        .with_remedy(format!("run shori resnapshot {table}"));
+                    misfits.push((capture.id, error));
+                }
+                _ => fit.push(capture),
+            }
+        }
+        self.leave_out(misfits, None).await?;
+        Ok(fit)
+    }
+
+    /// Marks captures that cannot go on, and goes on without them (contract 11).
+    async fn leave_out(&mut self, failed: Vec<(CaptureId, Error)>, mut session: Option<&mut Session>) -> Result<()> {
+        for (capture, error) in failed {
+            let reason = error.to_string();
+            if self.store.captures().await?.get(&capture).is_some_and(|state| state.failed.is_none()) {
+                self.store.mark_failed(&capture, &reason).await?;
+            }
+            if let Some(session) = session.as_deref_mut() {
+                session.expected.remove(&capture);
+            }
+            self.log.send_modify(|log| {
+                if let Some(state) = log.captures.get_mut(&capture) {
+                    state.failed = Some(reason.clone());
+                }
+            });
+            self.events.send(Event::CaptureFailed { capture, reason });
+        }
+        Ok(())
+    }
+
+    /// Appends `batch`, and reads the next one meanwhile if more is known to wait. Fails when another writer has been
+    /// here (contract 6); the next session starts from what it left.
+    async fn append(&mut self, batch: &mut SourceBatch, session: &mut Session) -> Result<Option<SourceBatch>> {
+        let started = Instant::now();
+        batch.changes.retain(|changes| session.expected.contains_key(&changes.capture));
+        batch.snapshots.retain(|(capture, _)| session.expected.contains_key(capture));
+        let timeline = self.source.timeline();
+        let append = Append {
+            timeline: &timeline,
+            expected: &session.expected,
+            changes: &batch.changes,
+            watermark: batch.watermark,
+            snapshots: &batch.snapshots,
+            schemas: &batch.schemas,
+            rejected: &batch.rejected,
+        };
+        let source = &mut self.source;
+        let limit = self.settings.batch;
+        let read_ahead = async { if batch.more { source.next(limit).await.map(Some) } else { Ok(None) } };
+        let (appended, ahead) = futures::join!(self.store.append(&append), read_ahead);
+        match appended? {
+            Appended::Applied { rows } => {
+                let (watermark, took) = (batch.watermark, started.elapsed());
+                self.events.send(Event::Appended { timeline, rows, watermark, took });
+            }
+            Appended::AlreadyApplied => {}
+            Appended::Conflict => {
+                let cause = "another process has written it meanwhile";
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "append to",
+                    format!("the log of {}", self.source.timeline()),
+                    cause,
+                ));
+            }
+        }
+        self.appended(batch, session)?;
+        self.source.acknowledge(&batch.watermark.staged).await?;
+        ahead
+    }
+
+    /// The batch is durable: tells the projector and the world.
+    fn appended(&mut self, batch: &mut SourceBatch, session: &mut Session) -> Result<()> {
+        let staged = batch.watermark.staged;
+        let mut by_capture: BTreeMap<CaptureId, Vec<_>> = BTreeMap::new();
+        for changes in batch.changes.drain(..) {
+            by_capture.entry(changes.capture.clone()).or_default().push(changes);
+        }
+        for (capture, expected) in &mut session.expected {
+            if staged > *expected {
+                let mut changes = Vec::new();
+                for part in by_capture.remove(capture).unwrap_or_default() {
+                    changes.push(part.between(expected, &staged)?);
+                }
+                self.recent.push(capture, *expected, staged, changes)?;
+                *expected = staged;
+            }
+        }
+        session.watermark = batch.watermark;
+        for rejected in &batch.rejected {
+            let (capture, reason) = (rejected.capture.clone(), rejected.reason.clone());
+            self.events.send(Event::Rejected { capture, count: 1, reason });
+        }
+        for (capture, progress) in &batch.snapshots {
+            let (rows, done) = (progress.rows, progress.is_done());
+            self.events.send(Event::Snapshot { capture: capture.clone(), rows, done });
+        }
+        self.log.send_modify(|log| publish(log, batch, session));
+        Ok(())
+    }
+
+    fn reached(&self, session: &Session) -> bool {
+        let Some(goal) = session.goal else { return false };
+        let log = self.log.borrow();
+        session.watermark.boundary >= goal
+            && session.expected.keys().all(|id| log.captures.get(id).is_none_or(|state| state.snapshot.is_done()))
+    }
+
+    /// Waits for the source, a request or the end.
+    async fn pause(&mut self, stop: &CancellationToken) -> Result<Option<Ended>> {
+        tokio::select! {
+            biased;
+            _ = stop.cancelled() => Ok(Some(Ended::Finished)),
+            Some(request) = self.requests.recv() => {
+                match request {
+                    IngestRequest::Resnapshot { capture, retyped, done } => {
+                        let stored = self.store.request_snapshot(&capture, retyped).await;
+                        // A receiver that has gone away no longer wants the answer.
+                        let _ = done.send(stored.map(|_| ()));
+                    }
+                }
+                Ok(Some(Ended::Again))
+            }
+            waited = self.source.wait(self.settings.poll_interval) => waited.map(|()| None),
+        }
+    }
+}
+
+fn is_news(batch: &SourceBatch, session: &Session) -> bool {
+    batch.watermark.staged > session.watermark.staged
+        || batch.watermark.boundary > session.watermark.boundary
+        || batch.rows() > 0
+        || !batch.snapshots.is_empty()
+        || !batch.schemas.is_empty()
+        || !batch.rejected.is_empty()
+}
+
+fn publish(log: &mut LogState, batch: &SourceBatch, session: &Session) {
+    for capture in session.expected.keys() {
+        if let Some(state) = log.captures.get_mut(capture) {
+            if batch.watermark.staged >= state.watermark.staged {
+                state.watermark = batch.watermark;
+            }
+        }
+    }
+    for (capture, progress) in &batch.snapshots {
+        if let Some(state) = log.captures.get_mut(capture) {
+            if state.snapshot.generation < progress.generation && state.snapshot.is_done() {
+                state.earlier_snapshots.push(state.snapshot.clone());
+            }
+            state.snapshot = progress.clone();
+        }
+    }
+    for info in &batch.schemas {
+        if let Some(state) = log.captures.get_mut(&info.id) {
+            state.schema = info.schema.clone();
+        }
+    }
+}

@@ -18,6 +18,7 @@ pub mod recent;
 pub mod retry;
 pub mod schema;
 pub mod source;
+pub mod step;
 pub mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
