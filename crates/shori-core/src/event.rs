@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::position::{CaptureId, Micros, Positions, Watermark};
+use crate::position::{CaptureId, Micros, Position, Positions, Watermark};
 
 /// Something that happened. Listeners must return at once: they run between two steps of the engine.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub enum Event {
         rows: u64,
         watermark: Watermark,
         took: Duration,
+        commits: Vec<CommitRun>,
     },
     /// A capture's snapshot has come further or ended.
     Snapshot {
@@ -66,6 +67,15 @@ pub enum Event {
         rows_before: u64,
         rows_after: u64,
     },
+}
+
+/// Consecutive changes with one source commit time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CommitRun {
+    /// Position of the last of them.
+    pub up_to: Position,
+    pub time: Micros,
+    pub rows: u64,
 }
 
 /// Where events go.

@@ -11,8 +11,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::change::{ChangeBatch, Op};
 use crate::error::{Error, ErrorKind, Response, Result};
-use crate::event::{Event, Events};
+use crate::event::{CommitRun, Event, Events};
 use crate::position::{CaptureId, Position, Watermark};
 use crate::recent::Recent;
 use crate::retry::{Backoff, RetryPolicy};
@@ -247,7 +248,8 @@ impl Ingestor {
         match appended? {
             Appended::Applied { rows } => {
                 let (watermark, took) = (batch.watermark, started.elapsed());
-                self.events.send(Event::Appended { timeline, rows, watermark, took });
+                let commits = commit_runs(&batch.changes)?;
+                self.events.send(Event::Appended { timeline, rows, watermark, took, commits });
             }
             Appended::AlreadyApplied => {}
             Appended::Conflict => {
@@ -320,6 +322,32 @@ impl Ingestor {
             waited = self.source.wait(self.settings.poll_interval) => waited.map(|()| None),
         }
     }
+}
+
+/// Runs of the stream's changes, in position order within each capture. Rows of a snapshot are left out: they were
+/// committed long before.
+fn commit_runs(changes: &[ChangeBatch]) -> Result<Vec<CommitRun>> {
+    let mut runs = Vec::new();
+    for batch in changes {
+        let times = batch.commit_time.values();
+        let streamed = (0..batch.len()).filter(|&row| batch.op.value(row) != Op::Snapshot as u8);
+        let mut last: Option<(usize, u64)> = None;
+        for row in streamed {
+            match &mut last {
+                Some((end, rows)) if times[*end] == times[row] => (*end, *rows) = (row, *rows + 1),
+                _ => {
+                    if let Some((end, rows)) = last {
+                        runs.push(CommitRun { up_to: batch.position(end)?, time: times[end], rows });
+                    }
+                    last = Some((row, 1));
+                }
+            }
+        }
+        if let Some((end, rows)) = last {
+            runs.push(CommitRun { up_to: batch.position(end)?, time: times[end], rows });
+        }
+    }
+    Ok(runs)
 }
 
 fn is_news(batch: &SourceBatch, session: &Session) -> bool {
