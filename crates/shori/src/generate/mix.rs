@@ -1,0 +1,120 @@
+//! What an application does to its tables, and how often.
+
+use rand::Rng;
+
+/// One row change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Action {
+    InsertOrder,
+    /// Amount or status of a recent order.
+    UpdateOrder,
+    InsertPayment,
+    /// Segment or activity: touches all orders of the customer.
+    UpdateCustomer,
+    DeleteOrder,
+    /// An order deleted before comes back under its id.
+    ReinsertOrder,
+    /// As [`Action::UpdateOrder`], but of any order, however old; may move it to another minute.
+    UpdateOldOrder,
+    /// A payment is booked to another minute.
+    MovePayment,
+    DeletePayment,
+    ChangeOrderKey,
+    DeleteCustomer,
+    ReinsertCustomer,
+}
+
+/// Times that each happens to 1,000 orders: 2,450 changes in all.
+const MIX: [(Action, u32); 12] = [
+    (Action::InsertOrder, 1_000),
+    (Action::UpdateOrder, 450),
+    (Action::InsertPayment, 800),
+    (Action::UpdateCustomer, 70),
+    (Action::DeleteOrder, 35),
+    (Action::ReinsertOrder, 20),
+    (Action::UpdateOldOrder, 40),
+    (Action::MovePayment, 15),
+    (Action::DeletePayment, 10),
+    (Action::ChangeOrderKey, 5),
+    (Action::DeleteCustomer, 3),
+    (Action::ReinsertCustomer, 2),
+];
+
+const TOTAL: u32 = 2_450;
+
+pub(super) fn draw_action(rng: &mut impl Rng) -> Action {
+    let mut point = rng.random_range(0..TOTAL);
+    for (action, share) in MIX {
+        if point < share {
+            return action;
+        }
+        point -= share;
+    }
+    Action::InsertOrder
+}
+
+/// Open 70 %, paid 20 %, cancelled 10 %.
+pub(super) fn draw_status(rng: &mut impl Rng) -> &'static str {
+    match rng.random_range(0..10) {
+        0..7 => "open",
+        7..9 => "paid",
+        _ => "cancelled",
+    }
+}
+
+const SEGMENTS: [&str; 4] = ["consumer", "business", "enterprise", "public"];
+
+pub(super) fn draw_segment(rng: &mut impl Rng) -> &'static str {
+    SEGMENTS[rng.random_range(0..SEGMENTS.len())]
+}
+
+/// Writes an amount between 1.00 and 999.99 into `text`.
+pub(super) fn draw_amount(rng: &mut impl Rng, text: &mut String) {
+    let cents: u32 = rng.random_range(100..100_000);
+    let (units, hundredths) = (cents / 100, cents % 100);
+    text.clear();
+    let mut place = if units >= 100 {
+        100
+    } else if units >= 10 {
+        10
+    } else {
+        1
+    };
+    while place > 0 {
+        text.push((b'0' + (units / place % 10) as u8) as char);
+        place /= 10;
+    }
+    text.push('.');
+    text.push((b'0' + (hundredths / 10) as u8) as char);
+    text.push((b'0' + (hundredths % 10) as u8) as char);
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn the_mix_is_complete_and_an_order_makes_2_45_changes() {
+        assert_eq!(MIX.iter().map(|(_, share)| share).sum::<u32>(), TOTAL);
+        assert_eq!(f64::from(TOTAL) / f64::from(MIX[0].1), 2.45);
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for (action, _) in MIX {
+            assert!((0..1_000_000).any(|_| draw_action(&mut rng) == action), "{action:?}");
+        }
+    }
+
+    #[test]
+    fn amounts_have_two_decimals() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut text = String::new();
+        for _ in 0..10_000 {
+            draw_amount(&mut rng, &mut text);
+            let number: f64 = text.parse().unwrap();
+            assert_eq!(format!("{number:.2}"), text);
+            assert!((1.0..1_000.0).contains(&number));
+        }
+    }
+}
