@@ -8,7 +8,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// What went wrong, as far as the engine must tell it apart. [`ErrorKind::response`] is the only place that maps a kind
 /// to what is done about it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 pub enum ErrorKind {
     /// The configuration or the command line is wrong.
     Usage,

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::change::{ChangeBatch, Op};
 use crate::error::{Error, ErrorKind, Response, Result};
 use crate::event::{CommitRun, Event, Events};
+use crate::failpoint;
 use crate::position::{CaptureId, Position, Watermark};
 use crate::recent::Recent;
 use crate::retry::{Backoff, RetryPolicy};
@@ -241,6 +242,7 @@ impl Ingestor {
             schemas: &batch.schemas,
             rejected: &batch.rejected,
         };
+        failpoint::reached(failpoint::INGEST_BEFORE_APPEND);
         let source = &mut self.source;
         let limit = self.settings.batch;
         let read_ahead = async { if batch.more { source.next(limit).await.map(Some) } else { Ok(None) } };
@@ -262,8 +264,10 @@ impl Ingestor {
                 ));
             }
         }
+        failpoint::reached(failpoint::INGEST_AFTER_APPEND);
         self.appended(batch, session)?;
         self.source.acknowledge(&batch.watermark.staged).await?;
+        failpoint::reached(failpoint::INGEST_AFTER_ACKNOWLEDGE);
         ahead
     }
 
@@ -313,6 +317,7 @@ impl Ingestor {
                 match request {
                     IngestRequest::Resnapshot { capture, retyped, done } => {
                         let stored = self.store.request_snapshot(&capture, retyped).await;
+                        failpoint::reached(failpoint::INGEST_AFTER_REQUEST);
                         // A receiver that has gone away no longer wants the answer.
                         let _ = done.send(stored.map(|_| ()));
                     }

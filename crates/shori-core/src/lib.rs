@@ -9,6 +9,7 @@
 pub mod change;
 pub mod error;
 pub mod event;
+pub mod failpoint;
 pub mod ingest;
 pub mod pipeline;
 pub mod position;

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind, Response, Result};
 use crate::event::{Event, Events};
+use crate::failpoint;
 use crate::ingest::{IngestRequest, IngestSettings, Ingestor, LogState};
 use crate::position::{CaptureId, Micros, Position};
 use crate::project::{Progress, ProjectRequest, ProjectSettings, Projector};
@@ -88,6 +89,47 @@ impl Handle {
         let request = ProjectRequest::Rebuild { projection: projection.into(), done };
         self.project.send(request).await.map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
+    }
+
+    /// Returns when every source has been started.
+    pub async fn ready(&self) -> Result<()> {
+        let mut log = self.log.clone();
+        let sources = self.ingest.len();
+        tokio::select! {
+            biased;
+            waited = log.wait_for(|log| log.ready.len() >= sources) => waited.map(|_| ()).map_err(|_| ended()),
+            _ = self.stop.cancelled() => Err(ended()),
+        }
+    }
+
+    /// Returns when the newest snapshot of a table is complete and every projection shows it.
+    pub async fn snapshot_done(&self, table: &str) -> Result<()> {
+        let done = |log: &LogState| {
+            log.captures.values().filter(|state| &*state.schema.table == table).all(|state| state.snapshot.is_done())
+        };
+        let mut log = self.log.clone();
+        let ends: BTreeMap<CaptureId, Position> = tokio::select! {
+            biased;
+            log = log.wait_for(done) => {
+                let log = log.map_err(|_| ended())?;
+                log.captures.iter().filter(|(_, state)| &*state.schema.table == table).map(|(id, state)| (id.clone(), state.snapshot.end)).collect()
+            }
+            _ = self.stop.cancelled() => return Err(ended()),
+        };
+        let shown = |progress: &Progress| {
+            progress.checkpoints.iter().all(|(name, checkpoint)| {
+                let reached = |(id, end): (&CaptureId, &Position)| {
+                    checkpoint.as_ref().and_then(|checkpoint| checkpoint.get(id)).is_none_or(|at| at >= end)
+                };
+                progress.failed.contains_key(name) || ends.iter().all(reached)
+            })
+        };
+        let mut progress = self.progress.clone();
+        tokio::select! {
+            biased;
+            waited = progress.wait_for(shown) => waited.map(|_| ()).map_err(|_| ended()),
+            _ = self.stop.cancelled() => Err(ended()),
+        }
     }
 
     /// Applies the retention now; returns how many rows went.
@@ -355,6 +397,7 @@ impl Compactor {
             }
             let compacted = self.staging.compact(capture, &horizon, false).await?;
             let (rows_before, rows_after) = (compacted.rows_before, compacted.rows_after);
+            failpoint::reached(failpoint::COMPACT_BETWEEN);
             gone += rows_before - rows_after;
             self.log.send_modify(|log| {
                 if let Some(state) = log.captures.get_mut(capture) {

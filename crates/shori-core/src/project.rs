@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::change::ChangeBatch;
 use crate::error::{Error, ErrorKind, Response, Result};
 use crate::event::{Event, Events};
+use crate::failpoint;
 use crate::ingest::{Activity, LogState};
 use crate::position::{CaptureId, Position, Positions};
 use crate::projection::{Derivation, Projection, Target, TargetShape};
@@ -277,7 +278,9 @@ impl Projector {
             parts: VecDeque::new(),
             stream: None,
         };
+        failpoint::reached(failpoint::PROJECT_BEFORE_ADVANCE);
         let advanced = self.transform.advance(&step.captures, &mut reader).await?;
+        failpoint::reached(failpoint::PROJECT_AFTER_ADVANCE);
         state.applied = self.transform.applied().await?;
         self.events.send(Event::Advanced { rows: advanced.rows, took: started.elapsed() });
         for capture in &step.captures {
@@ -300,7 +303,9 @@ impl Projector {
                 _ => {}
             }
         }
-        self.transform.forget(&needed).await
+        self.transform.forget(&needed).await?;
+        failpoint::reached(failpoint::PROJECT_AFTER_FORGET);
+        Ok(())
     }
 
     /// Computes an output for every worker that is free and has something to do, and commits it in the background.
@@ -585,6 +590,7 @@ impl Commit {
             run_id: &self.run_id,
             output,
         };
+        failpoint::reached(failpoint::PROJECT_BEFORE_COMMIT);
         match self.store.commit_output(commit).await? {
             Committed::Applied { rows } => {
                 let (positions, as_of_time, took) = (self.positions.clone(), self.as_of_time, started.elapsed());
@@ -602,7 +608,9 @@ impl Commit {
                 return Err(Error::new(ErrorKind::Unavailable, "commit", format!("projection {projection}"), cause));
             }
         }
+        failpoint::reached(failpoint::PROJECT_AFTER_COMMIT);
         self.transform.settle(&projection, Some(&self.positions)).await?;
+        failpoint::reached(failpoint::PROJECT_AFTER_SETTLE);
         Ok(self.positions.clone())
     }
 }

@@ -1,4 +1,9 @@
 //! The modules behind the command line, as a library so that tests and examples reach them.
 
+pub mod assemble;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod freshness;
 pub mod generate;
 pub mod verify;

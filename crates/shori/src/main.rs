@@ -1,1 +1,7 @@
-fn main() {}
+//! The `shori` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    shori::cli::main()
+}

@@ -1,0 +1,214 @@
+//! Makes a pipeline from its configuration: the one place that knows which kinds of sources and stores there are.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use shori_core::event::Events;
+use shori_core::ingest::IngestSettings;
+use shori_core::pipeline::{Pipeline, Retention, Settings};
+use shori_core::project::ProjectSettings;
+use shori_core::projection::{
+    Derivation, Entity, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection,
+};
+use shori_core::retry::RetryPolicy;
+use shori_core::source::{BatchLimit, Source};
+use shori_core::store::Store;
+use shori_core::{Error, ErrorKind, Result};
+use shori_duckdb::database::{self, Database};
+use shori_duckdb::store::DuckdbStore;
+use shori_duckdb::transform::DuckdbTransform;
+use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
+
+use crate::config::{EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind};
+
+/// A pipeline's files, held by this process alone until dropped.
+pub struct Opened {
+    pub database: Database,
+    pub stores: BTreeMap<String, Arc<DuckdbStore>>,
+    pub staging: Arc<DuckdbStore>,
+    _lock: Lock,
+}
+
+/// Holds a pipeline's folder against other processes.
+pub struct Lock(#[expect(dead_code, reason = "held, not read: dropping it unlocks")] File);
+
+impl Lock {
+    pub fn take(directory: &Path) -> Result<Self> {
+        let object = || format!("folder {}", directory.display());
+        std::fs::create_dir_all(directory).map_err(|cause| Error::new(ErrorKind::Usage, "create", object(), cause))?;
+        let file = File::create(directory.join("lock"))
+            .map_err(|cause| Error::new(ErrorKind::Usage, "write to", object(), cause))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                Err(Error::new(ErrorKind::InUse, "open", object(), "another shori process holds it")
+                    .with_remedy("stop that process, or name another folder"))
+            }
+            Err(std::fs::TryLockError::Error(cause)) => Err(Error::new(ErrorKind::Refused, "lock", object(), cause)),
+        }
+    }
+}
+
+/// Opens the stores of a pipeline. Nothing runs yet.
+pub fn open(loaded: &Loaded) -> Result<Opened> {
+    let directory = loaded.state_directory();
+    let lock = Lock::take(&directory)?;
+    let memory = &loaded.config.memory;
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let database = Database::open(&database::Settings {
+        memory_limit_mib: memory.limit_mib,
+        threads: if memory.threads == 0 { cores } else { memory.threads },
+        spill_directory: directory.join("spill"),
+        inline: false,
+    })?;
+    let mut stores = BTreeMap::new();
+    for store in &loaded.config.stores {
+        let StoreKind::Duckdb = store.kind;
+        let opened = DuckdbStore::open(&database, &loaded.resolve(&store.path), &store.name)?;
+        stores.insert(store.name.clone(), Arc::new(opened));
+    }
+    let staging = stores.get(&loaded.staging()?.name).cloned();
+    let staging = staging.ok_or_else(|| loaded.wrong("pipeline.staging", "no such store"))?;
+    Ok(Opened { database, stores, staging, _lock: lock })
+}
+
+/// Connects an opened pipeline's parts.
+pub fn pipeline(loaded: &Loaded, opened: &Opened, once: bool, events: Events) -> Result<Pipeline> {
+    let transform = DuckdbTransform::open(&opened.database, &loaded.state_directory().join("cache.duckdb"))?;
+    let mut projections = Vec::new();
+    for configured in loaded.config.projections.iter().filter(|projection| projection.enabled) {
+        let name = configured.target.as_ref().unwrap_or(&loaded.staging()?.name);
+        loaded.store(name)?;
+        let store = opened.stores.get(name).ok_or_else(|| loaded.wrong(name, "the store is not open"))?;
+        projections.push((projection(loaded, configured)?, store.clone() as Arc<dyn Store>));
+    }
+    Ok(Pipeline {
+        name: loaded.config.pipeline.name.clone(),
+        run_id: uuid::Uuid::new_v4().to_string(),
+        sources: sources(loaded)?,
+        staging: opened.staging.clone(),
+        transform: Arc::new(transform),
+        projections,
+        settings: settings(loaded, once),
+        events,
+    })
+}
+
+pub fn sources(loaded: &Loaded) -> Result<Vec<Box<dyn Source>>> {
+    loaded.config.sources.iter().map(|source| Ok(Box::new(sqlite(loaded, source)) as Box<dyn Source>)).collect()
+}
+
+fn sqlite(loaded: &Loaded, source: &SourceConfig) -> SqliteSource {
+    SqliteSource::new(sqlite_config(loaded, source))
+}
+
+pub fn sqlite_config(loaded: &Loaded, source: &SourceConfig) -> SqliteConfig {
+    let SourceKind::Sqlite = source.kind;
+    let table = |(name, table): (&String, &crate::config::TableConfig)| SqliteTable {
+        name: name.clone(),
+        columns: table.columns.clone(),
+    };
+    SqliteConfig {
+        path: loaded.resolve(&source.path),
+        source_name: source.name.clone(),
+        tables: source.tables.iter().map(table).collect(),
+        busy_timeout: Duration::from_millis(source.busy_timeout_ms),
+        snapshot_chunk_rows: source.snapshot_chunk_rows,
+        keep_changes: Duration::from_secs(source.keep_changes_seconds),
+        inline: false,
+    }
+}
+
+fn settings(loaded: &Loaded, once: bool) -> Settings {
+    let (ingest, project, retention) = (&loaded.config.ingest, &loaded.config.project, &loaded.config.retention);
+    let retry = RetryPolicy::default();
+    Settings {
+        ingest: IngestSettings {
+            batch: BatchLimit { rows: ingest.batch_max_rows, bytes: ingest.batch_max_bytes },
+            poll_interval: Duration::from_millis(ingest.poll_interval_ms),
+            retry,
+            once,
+        },
+        project: ProjectSettings {
+            interval: Duration::from_millis(project.interval_ms),
+            debounce: Duration::from_millis(project.debounce_ms),
+            retry,
+            once,
+        },
+        retention: Retention {
+            keep: Some(retention.keep()),
+            keep_rows: (retention.keep_rows > 0).then_some(retention.keep_rows),
+            every: (!once).then(|| Duration::from_secs(retention.every_seconds.max(1))),
+        },
+    }
+}
+
+/// A projection as the engine knows it; refuses keys that its kind does not have, and missing ones.
+pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Projection> {
+    let wrong = |cause: &str| loaded.wrong(&format!("projection {}", configured.name), cause);
+    let table = || configured.table.as_deref().ok_or_else(|| wrong("it names no table"));
+    let derivation = match configured.kind {
+        ProjectionKind::Sql => Derivation::Sql(sql_projection(loaded, configured)?),
+        _ if configured.sql.is_some() => return Err(wrong("only kind \"sql\" has a query")),
+        ProjectionKind::Latest => Derivation::Latest { table: table()?.into() },
+        ProjectionKind::History => Derivation::History(HistoryProjection {
+            table: table()?.into(),
+            key: configured.key.clone(),
+        }),
+    };
+    Ok(Projection { name: configured.name.as_str().into(), derivation })
+}
+
+fn sql_projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<SqlProjection> {
+    let wrong = |cause: &str| loaded.wrong(&format!("projection {}", configured.name), cause);
+    let file: &PathBuf = configured.sql.as_ref().ok_or_else(|| wrong("it has no sql"))?;
+    if configured.tables.is_empty() {
+        return Err(wrong("it names no tables"));
+    }
+    if configured.key.is_empty() {
+        return Err(wrong("it has no key"));
+    }
+    let measures = match (&configured.weight, configured.additive.is_empty()) {
+        (Some(weight), _) => Measures::Additive {
+            additive: configured.additive.clone(),
+            weight: weight.clone(),
+            publish_weight: configured.publish_weight,
+        },
+        (None, true) => Measures::PerEntity,
+        (None, false) => return Err(wrong("additive columns need a weight, so that empty rows can be told")),
+    };
+    let maintenance = match &configured.entity {
+        None => Maintenance::Recompute,
+        Some(paths) => {
+            for table in paths.keys().filter(|table| !configured.tables.contains(table)) {
+                return Err(wrong(&format!("its entity names table {table}, which is not among its tables")));
+            }
+            if let Some(table) = configured.tables.iter().find(|table| !paths.contains_key(*table)) {
+                return Err(wrong(&format!("its entity does not say how table {table} leads to it")));
+            }
+            let path = |(table, path): (&String, &EntityPathConfig)| (table.as_str().into(), entity_path(path));
+            Maintenance::ByEntity { entity: Entity { paths: paths.iter().map(path).collect() }, measures }
+        }
+    };
+    Ok(SqlProjection {
+        file: loaded.resolve(file).display().to_string(),
+        text: loaded.read(file)?,
+        tables: configured.tables.iter().map(|table| table.as_str().into()).collect(),
+        key: configured.key.clone(),
+        maintenance,
+    })
+}
+
+fn entity_path(path: &EntityPathConfig) -> EntityPath {
+    match path {
+        EntityPathConfig::Column(column) => EntityPath::Column(column.clone()),
+        EntityPathConfig::Through(through) => EntityPath::Through {
+            table: through.through.as_str().into(),
+            own_column: through.column.clone(),
+            their_column: through.their_column.clone().unwrap_or_else(|| through.column.clone()),
+        },
+    }
+}

@@ -1,0 +1,86 @@
+//! Reaches a pipeline's stores: through the socket of the process that runs it, else by opening the files.
+
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use shori_core::event::Events;
+use shori_core::pipeline::Handle;
+use shori_core::{Error, ErrorKind, Result};
+use shori_duckdb::store::DuckdbStore;
+
+use crate::assemble::{self, Opened};
+use crate::config::Loaded;
+use crate::control::{Client, Request};
+
+pub enum Reach {
+    Running(Client),
+    Files(Box<Opened>),
+}
+
+impl Reach {
+    pub fn new(loaded: &Loaded) -> Result<Self> {
+        match Client::connect(&loaded.state_directory()) {
+            Some(client) => Ok(Reach::Running(client)),
+            None => Ok(Reach::Files(Box::new(assemble::open(loaded)?))),
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        matches!(self, Reach::Running(_))
+    }
+
+    pub fn query(&self, loaded: &Loaded, store: Option<&str>, sql: &str) -> Result<Vec<RecordBatch>> {
+        let name = match store {
+            Some(name) => &loaded.store(name)?.name,
+            None => &loaded.staging()?.name,
+        };
+        match self {
+            Reach::Running(client) => client.query(name, sql),
+            Reach::Files(opened) => {
+                let store: &Arc<DuckdbStore> = opened.stores.get(name).unwrap_or(&opened.staging);
+                store.query(sql)
+            }
+        }
+    }
+
+    /// Asks the running pipeline; without one, runs it once and asks that, so that the request is done when this
+    /// returns.
+    pub fn request(self, loaded: &Loaded, request: Request) -> Result<u64> {
+        match self {
+            Reach::Running(client) => client.request(&request),
+            Reach::Files(opened) => super::block_on(request_once(loaded, &opened, request)),
+        }
+    }
+}
+
+async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Result<u64> {
+    let pipeline = assemble::pipeline(loaded, opened, false, Events::nowhere())?;
+    let prepared = pipeline.prepare();
+    let handle = prepared.handle();
+    super::signals::cancel_on_signal(handle.stop.clone())?;
+    let running = prepared.run();
+    tokio::pin!(running);
+    let answer = tokio::select! {
+        ended = &mut running => {
+            ended?;
+            return Err(Error::new(ErrorKind::Unavailable, "finish", "the request", "it was interrupted"));
+        }
+        answer = ask(&handle, request) => answer,
+    };
+    handle.stop.cancel();
+    running.await?;
+    answer
+}
+
+async fn ask(handle: &Handle, request: Request) -> Result<u64> {
+    handle.ready().await?;
+    match request {
+        Request::Rebuild { projection } => handle.rebuild(&projection).await.map(|()| 0),
+        Request::Resnapshot { table, retyped } => {
+            handle.resnapshot(&table, retyped).await?;
+            handle.snapshot_done(&table).await.map(|()| 0)
+        }
+        Request::Compact => handle.compact().await,
+        Request::Query { .. } | Request::Pid => Ok(0),
+    }
+}

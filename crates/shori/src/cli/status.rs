@@ -1,0 +1,187 @@
+//! `shori status`
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use arrow::array::{Array, AsArray, RecordBatch};
+use clap::Args;
+use serde::Serialize;
+use shori_core::Result;
+use shori_core::pipeline::now;
+
+use super::Which;
+use super::reach::Reach;
+use crate::assemble;
+use crate::config::Loaded;
+
+/// How far every capture and projection has come.
+///
+/// Backlog is counted in the source's own change table, so a capture that stands still shows.
+#[derive(Args)]
+#[command(after_help = "Examples:\n  shori status --dir demo --watch\n  shori status -c shori.toml --json")]
+pub struct Status {
+    #[command(flatten)]
+    which: Which,
+    /// Repeat every second until interrupted
+    #[arg(short, long)]
+    watch: bool,
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub struct PipelineStatus {
+    pub pipeline: String,
+    pub running: bool,
+    pub captures: Vec<CaptureStatus>,
+    pub projections: Vec<ProjectionStatus>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct CaptureStatus {
+    pub source: String,
+    pub capture: String,
+    /// Hexadecimal; null before the first change.
+    pub last_ingested_lsn: Option<String>,
+    /// Changes in the source's log above the watermark, over all tables; null if the source cannot be read.
+    pub changes_waiting: Option<u64>,
+    pub failed: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct ProjectionStatus {
+    pub projection: String,
+    pub status: String,
+    pub as_of_lsn: Option<String>,
+    /// Source commit time, UTC.
+    pub as_of_time: Option<String>,
+    /// Seconds from then to now; on an idle source this grows although nothing is missing.
+    pub age_seconds: Option<f64>,
+    pub last_error: Option<String>,
+}
+
+impl Status {
+    pub fn act(self) -> Result<ExitCode> {
+        let loaded = self.which.load()?;
+        loop {
+            let status = read(&loaded)?;
+            if self.json {
+                super::print_json(&status)?;
+            } else {
+                if self.watch {
+                    // Clears the terminal and goes to its top left.
+                    print!("\x1b[2J\x1b[H");
+                }
+                print(&status);
+            }
+            if !self.watch {
+                let failed = status.captures.iter().any(|capture| capture.failed.is_some())
+                    || status.projections.iter().any(|projection| projection.status == "ERROR");
+                return Ok(ExitCode::from(u8::from(failed)));
+            }
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+}
+
+const CAPTURES: &str = "
+select
+    source_name,
+    capture_instance,
+    lower(hex(last_ingested_lsn)),
+    failed
+from ctl_ingestion_watermarks
+order by source_name, capture_instance";
+
+const PROJECTIONS: &str = "
+select
+    projection_name,
+    status,
+    lower(hex(as_of_lsn)),
+    strftime(as_of_time, '%Y-%m-%dT%H:%M:%S.%fZ'),
+    cast(epoch_us(as_of_time) as varchar),
+    last_error
+from ctl_projection_metadata
+order by projection_name";
+
+pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
+    let reach = Reach::new(loaded)?;
+    let mut captures = Vec::new();
+    for row in rows(&reach.query(loaded, None, CAPTURES)?) {
+        let [source, capture, lsn, failed] = take(row);
+        captures.push(CaptureStatus {
+            changes_waiting: waiting(loaded, source.as_deref(), lsn.as_deref()),
+            source: source.unwrap_or_default(),
+            capture: capture.unwrap_or_default(),
+            last_ingested_lsn: lsn.filter(|lsn| !lsn.is_empty()),
+            failed,
+        });
+    }
+    let mut projections = Vec::new();
+    for store in &loaded.config.stores {
+        for row in rows(&reach.query(loaded, Some(&store.name), PROJECTIONS)?) {
+            let [projection, status, as_of_lsn, as_of_time, micros, last_error] = take(row);
+            let micros = micros.and_then(|text| text.parse::<i64>().ok());
+            projections.push(ProjectionStatus {
+                projection: projection.unwrap_or_default(),
+                status: status.unwrap_or_default(),
+                as_of_lsn: as_of_lsn.filter(|lsn| !lsn.is_empty()),
+                as_of_time,
+                age_seconds: micros.map(|micros| (now() - micros) as f64 / 1e6),
+                last_error,
+            });
+        }
+    }
+    let pipeline = loaded.config.pipeline.name.clone();
+    Ok(PipelineStatus { pipeline, running: reach.is_running(), captures, projections })
+}
+
+fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> Option<u64> {
+    let source = loaded.config.sources.iter().find(|configured| Some(configured.name.as_str()) == source)?;
+    let watermark = u64::from_str_radix(lsn.filter(|lsn| !lsn.is_empty()).unwrap_or("0"), 16).ok()?;
+    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, source), watermark) {
+        Ok(count) => Some(count),
+        Err(error) => {
+            tracing::warn!(%error, "the source's backlog is not known");
+            None
+        }
+    }
+}
+
+/// Rows of text columns.
+pub fn rows(batches: &[RecordBatch]) -> Vec<Vec<Option<String>>> {
+    let text = |batch: &RecordBatch, column: usize, row: usize| {
+        let array = batch.column(column).as_string_opt::<i32>()?;
+        array.is_valid(row).then(|| array.value(row).to_string())
+    };
+    let row = |batch: &RecordBatch, row| (0..batch.num_columns()).map(|column| text(batch, column, row)).collect();
+    batches.iter().flat_map(|batch| (0..batch.num_rows()).map(move |index| row(batch, index))).collect()
+}
+
+fn take<const N: usize>(row: Vec<Option<String>>) -> [Option<String>; N] {
+    let mut row = row.into_iter();
+    std::array::from_fn(|_| row.next().flatten())
+}
+
+fn print(status: &PipelineStatus) {
+    println!("pipeline {} {}", status.pipeline, if status.running { "is running" } else { "is not running" });
+    println!("\n{:<32} {:>18} {:>12}", "capture", "ingested lsn", "waiting");
+    for capture in &status.captures {
+        let name = format!("{}/{}", capture.source, capture.capture);
+        let waiting = capture.changes_waiting.map_or("?".to_string(), |count| count.to_string());
+        println!("{name:<32} {:>18} {waiting:>12}", capture.last_ingested_lsn.as_deref().unwrap_or("-"));
+        if let Some(failed) = &capture.failed {
+            println!("  stands still: {failed}");
+        }
+    }
+    println!("\n{:<40} {:<6} {:<28} {:>10}", "projection", "status", "as of", "age s");
+    for projection in &status.projections {
+        let age = projection.age_seconds.map_or("-".to_string(), |age| format!("{age:.1}"));
+        let as_of = projection.as_of_time.as_deref().unwrap_or("-");
+        println!("{:<40} {:<6} {as_of:<28} {age:>10}", projection.projection, projection.status);
+        if let Some(error) = &projection.last_error {
+            println!("  {error}");
+        }
+    }
+}
