@@ -42,12 +42,32 @@ impl Database {
         Ok(Self { root: Arc::new(Mutex::new(root)), inline: settings.inline })
     }
 
-    /// Attaches the file as catalog `name`, creating it if missing.
+    /// Attaches the file as catalog `name`, creating it if missing. Attaching it again under its name does nothing.
     pub fn attach(&self, path: &Path, name: &str) -> Result<()> {
         let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
-        let statement = format!("attach {} as {}", quote_text(&path.display().to_string()), quote_name(name));
-        root.execute_batch(&statement)
-            .map_err(|cause| duckdb_error("open", format!("DuckDB file {}", path.display()), cause))
+        let object = || format!("DuckDB file {}", path.display());
+        let attach = || {
+            let mut attached = root.prepare("select path from duckdb_databases() where database_name = ?")?;
+            let attached: Vec<Option<String>> = attached.query_map([name], |row| row.get(0))?.collect::<Result<_, _>>()?;
+            if let Some(other) = attached.into_iter().next() {
+                return Ok(other);
+            }
+            let path = quote_text(&path.display().to_string());
+            root.execute_batch(&format!("attach {path} as {}", quote_name(name)))?;
+            Ok(None)
+        };
+        match attach().map_err(|cause| duckdb_error("open", object(), cause))? {
+            Some(other) if other != path.display().to_string() => {
+                let cause = format!("the name {name} is that of {other}");
+                Err(Error::new(ErrorKind::Internal, "open", object(), cause))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether calls run on the caller's thread.
+    pub fn is_inline(&self) -> bool {
+        self.inline
     }
 
     pub fn detach(&self, name: &str) -> Result<()> {
@@ -94,6 +114,10 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
     let (kind, remedy) = if has(&["No space left", "Disk quota", "max_temp_directory_size"]) {
         (ErrorKind::DiskFull, Some("free some space and start again: nothing is lost"))
+    } else if has(&["TransactionContext Error", "write-write conflict", "Conflict on tuple", "Conflict on update"])
+        && !has(&["invalidated", "is aborted"])
+    {
+        (ErrorKind::Unavailable, None)
     } else if has(&["Could not set lock", "Conflicting lock"]) {
         (ErrorKind::InUse, Some("stop the other process, or use the commands that reach it through its socket"))
     } else if has(&[

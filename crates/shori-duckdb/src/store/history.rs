@@ -1,0 +1,163 @@
+//! Versions of rows in a target: new ones are appended with surrogate keys that go on from a control row (so that the
+//! table need not be searched for its highest), open ones are closed in place.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use duckdb::types::Value;
+use shori_core::position::Micros;
+use shori_core::projection::history;
+use shori_core::store::OutputKind;
+use shori_core::{Error, ErrorKind, Result};
+
+use super::output::{Step, create_temporary, load_rows};
+use super::session::{Session, blob_literal, now, text, time, time_type};
+use crate::database::quote_name;
+
+const VERSIONS: &str = "shori_versions";
+const CLOSES: &str = "shori_closes";
+
+const SELECT_NEXT_KEY: &str = "
+select next_surrogate_key
+from ctl_projection_metadata
+where projection_name = ?";
+
+const UPDATE_NEXT_KEY: &str = "
+update ctl_projection_metadata
+set next_surrogate_key = ?
+where projection_name = ?";
+
+/// What an output of versions has loaded so far.
+pub(super) struct Versions {
+    /// Versions need no comparison with those that stand: they go straight into the target.
+    direct: bool,
+    first_key: i64,
+    next_key: i64,
+    written_at: Micros,
+    has_versions: bool,
+    has_closes: bool,
+}
+
+impl Versions {
+    pub fn begin(session: &Session, step: &Step, direct: bool) -> Result<Self> {
+        let table = &step.target.projection;
+        let keys = session.rows(SELECT_NEXT_KEY, &[text(table)], table, |row| row.get::<_, i64>(0))?;
+        let next_key = keys.first().copied().ok_or_else(|| {
+            Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared")
+        })?;
+        Ok(Self {
+            direct,
+            first_key: next_key,
+            next_key,
+            written_at: now(),
+            has_versions: false,
+            has_closes: false,
+        })
+    }
+
+    pub fn load(&mut self, session: &Session, step: &Step, rows: RecordBatch) -> Result<()> {
+        if self.direct {
+            let rows = self.with_own_columns(&step.run_id, rows)?;
+            return load_rows(session, session.catalog(), &step.target.projection, rows);
+        }
+        if !self.has_versions {
+            create_temporary(session, VERSIONS, &rows)?;
+            self.has_versions = true;
+        }
+        load_rows(session, "temp", VERSIONS, rows)
+    }
+
+    pub fn load_closes(&mut self, session: &Session, step: &Step, rows: RecordBatch) -> Result<()> {
+        if step.kind != OutputKind::Versions {
+            let cause = "closed keys belong to outputs of versions alone";
+            return Err(Error::new(ErrorKind::Internal, "write", format!("target {}", step.target.projection), cause));
+        }
+        if !self.has_closes {
+            create_temporary(session, CLOSES, &rows)?;
+            self.has_closes = true;
+        }
+        load_rows(session, "temp", CLOSES, rows)
+    }
+
+    fn with_own_columns(&mut self, run_id: &str, rows: RecordBatch) -> Result<RecordBatch> {
+        let count = rows.num_rows();
+        let end = self.next_key + count as i64;
+        let schema = rows.schema();
+        let mut fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+        let mut arrays: Vec<ArrayRef> = rows.columns().to_vec();
+        fields.push(Field::new(history::SURROGATE_KEY, DataType::Int64, false));
+        arrays.push(Arc::new(Int64Array::from_iter_values(self.next_key..end)));
+        fields.push(Field::new(history::BATCH_ID, DataType::Utf8, false));
+        arrays.push(Arc::new(StringArray::from_iter_values(std::iter::repeat_n(run_id, count))));
+        for name in [history::CREATED_AT, history::UPDATED_AT] {
+            fields.push(Field::new(name, time_type(), false));
+            arrays.push(Arc::new(TimestampMicrosecondArray::from_value(self.written_at, count)));
+        }
+        self.next_key = end;
+        Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?)
+    }
+
+    /// Closes, replaces and inserts what has been loaded; returns the rows written.
+    pub fn apply(&self, session: &Session, step: &Step) -> Result<u64> {
+        let mut rows = (self.next_key - self.first_key) as u64;
+        let mut next_key = self.next_key;
+        if self.has_closes {
+            rows += self.close(session, step)?;
+            session.batch(&format!("drop table temp.{CLOSES}"), CLOSES)?;
+        }
+        if step.kind == OutputKind::ReplaceVersions && !self.direct {
+            rows += self.replace(session, step, &mut next_key)?;
+        }
+        if next_key != self.first_key {
+            let values = [Value::BigInt(next_key), text(&step.target.projection)];
+            session.execute(UPDATE_NEXT_KEY, &values, &step.target.projection)?;
+        }
+        Ok(rows)
+    }
+
+    /// Versions of this very output are never closed by it, whatever the order in which its parts came.
+    fn close(&self, session: &Session, step: &Step) -> Result<u64> {
+        let table = quote_name(&step.target.projection);
+        let sql = format!(
+            "update {table} set valid_to = l.valid_to, is_current = false, updated_at = ? from temp.{CLOSES} as l \
+             where {table}.is_current and {table}.surrogate_key < ? and {}",
+            step.same_key(&table, "l")
+        );
+        session.execute(&sql, &[time(self.written_at), Value::BigInt(self.first_key)], &step.target.projection)
+    }
+
+    fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<u64> {
+        let object = &step.target.projection;
+        let table = quote_name(object);
+        let horizon = blob_literal(step.horizon.lsn.as_slice());
+        if !self.has_versions {
+            let sql = format!("delete from {table} where __source_lsn > {horizon}");
+            return session.execute(&sql, &[], object);
+        }
+        let same = format!("{} and {table}.__source_lsn = l.__source_lsn", step.same_key(&table, "l"));
+        let sql = format!(
+            "update {table} set valid_to = l.valid_to, is_current = l.is_current, updated_at = ? \
+             from temp.{VERSIONS} as l where {same} \
+             and ({table}.valid_to is distinct from l.valid_to or {table}.is_current is distinct from l.is_current)"
+        );
+        let mut rows = session.execute(&sql, &[time(self.written_at)], object)?;
+        let sql = format!(
+            "delete from {table} where {table}.__source_lsn > {horizon} \
+             and not exists (select 1 from temp.{VERSIONS} l where {same})"
+        );
+        rows += session.execute(&sql, &[], object)?;
+        let columns: Vec<String> = step.target.columns.fields().iter().map(|field| quote_name(field.name())).collect();
+        let columns = columns.join(", ");
+        let sql = format!(
+            "insert into {table} (surrogate_key, {columns}, batch_id, created_at, updated_at) \
+             select {next_key} - 1 + row_number() over (order by l.rowid), {columns}, ?, ?, ? \
+             from temp.{VERSIONS} as l where not exists (select 1 from {table} where {same})"
+        );
+        let values = [text(&step.run_id), time(self.written_at), time(self.written_at)];
+        let inserted = session.execute(&sql, &values, object)?;
+        *next_key += inserted as i64;
+        session.batch(&format!("drop table temp.{VERSIONS}"), VERSIONS)?;
+        Ok(rows + inserted)
+    }
+}
