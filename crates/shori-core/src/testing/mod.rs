@@ -6,4 +6,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod faults;
+pub mod hand_driven;
+pub mod memory_database;
+pub mod memory_log;
+pub mod memory_query;
+pub mod memory_source;
+pub mod memory_state;
+pub mod memory_store;
+pub mod memory_target;
+pub mod memory_transform;
+pub mod model_projections;
+pub mod oracle;
+pub mod transactions;
 pub mod value;
