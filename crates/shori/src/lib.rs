@@ -4,6 +4,7 @@ pub mod assemble;
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod failpoints;
 pub mod freshness;
 pub mod generate;
 pub mod verify;

@@ -16,6 +16,7 @@ mod run;
 mod signals;
 mod status;
 mod verify;
+mod view;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -100,7 +101,7 @@ pub fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_new(&cli.log_level);
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    match act(cli.verb) {
+    match crate::failpoints::arm_from_environment().and_then(|()| act(cli.verb)) {
         Ok(status) => status,
         Err(error) => {
             eprintln!("error: {error}");

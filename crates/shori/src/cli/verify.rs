@@ -1,0 +1,96 @@
+//! `shori verify`
+
+use std::process::ExitCode;
+
+use arrow::array::RecordBatch;
+use clap::Args;
+use shori_core::Result;
+use shori_core::schema::type_name;
+
+use super::Which;
+use super::reach::Reach;
+use crate::assemble;
+use crate::config::{Loaded, ProjectionConfig, ProjectionKind};
+use crate::verify::{self as check, ColumnInput, DerivationInput, ProjectionInput, Report, Serving, TableInput, VerifyInput};
+
+/// Recompute every projection from the source's tables, and compare.
+///
+/// Shares no code with what keeps the projections. Each is compared as of its own checkpoint, so a running pipeline can
+/// be verified too. Exit status 1 names the keys that differ.
+#[derive(Args)]
+#[command(after_help = "Example:\n  shori verify --dir demo")]
+pub struct Verify {
+    #[command(flatten)]
+    which: Which,
+    /// Print the report as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Verify {
+    pub fn act(self) -> Result<ExitCode> {
+        let report = verify(&self.which.load()?)?;
+        if self.json {
+            super::print_json(&report)?;
+        } else {
+            println!("{report}");
+        }
+        Ok(ExitCode::from(u8::from(!report.ok())))
+    }
+}
+
+/// Reads what is served through the pipeline's process, or from its files.
+struct Served<'a> {
+    loaded: &'a Loaded,
+    reach: Reach,
+}
+
+impl Serving for Served<'_> {
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
+        self.reach.query(self.loaded, None, sql)
+    }
+}
+
+pub fn verify(loaded: &Loaded) -> Result<Report> {
+    let input = input(loaded)?;
+    check::verify(&input, &mut Served { loaded, reach: Reach::new(loaded)? })
+}
+
+fn input(loaded: &Loaded) -> Result<VerifyInput> {
+    let none = || loaded.wrong("source", "there is none to verify against");
+    let source = loaded.config.sources.first().ok_or_else(none)?;
+    let inspected = shori_sqlite::inspect(&assemble::sqlite_config(loaded, source))?;
+    let tables = inspected.captures.iter().map(|capture| TableInput {
+        name: capture.schema.table.to_string(),
+        key: capture.schema.key_names().into_iter().map(String::from).collect(),
+        columns: (capture.schema.columns.fields().iter())
+            .map(|field| ColumnInput::new(field.name(), type_name(field.data_type())))
+            .collect(),
+    });
+    let enabled = loaded.config.projections.iter().filter(|projection| projection.enabled);
+    let state_directory = loaded.state_directory();
+    Ok(VerifyInput {
+        source: loaded.resolve(&source.path),
+        tables: tables.collect(),
+        projections: enabled.map(|projection| projection_input(loaded, projection)).collect::<Result<_>>()?,
+        scratch_directory: Some(state_directory),
+        memory_limit_mib: loaded.config.memory.limit_mib,
+        threads: loaded.config.memory.threads,
+    })
+}
+
+fn projection_input(loaded: &Loaded, configured: &ProjectionConfig) -> Result<ProjectionInput> {
+    let missing = |what: &str| loaded.wrong(&format!("projection {}", configured.name), what);
+    let table = || configured.table.clone().ok_or_else(|| missing("it names no table"));
+    let derivation = match configured.kind {
+        ProjectionKind::Sql => DerivationInput::Sql {
+            text: loaded.read(configured.sql.as_ref().ok_or_else(|| missing("it has no sql"))?)?,
+            tables: configured.tables.clone(),
+            key: configured.key.clone(),
+            hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
+        },
+        ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
+        ProjectionKind::History => DerivationInput::History { table: table()?, key: configured.key.clone() },
+    };
+    Ok(ProjectionInput { name: configured.name.clone(), derivation })
+}
