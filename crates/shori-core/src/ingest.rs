@@ -330,12 +330,13 @@ impl Ingestor {
 }
 
 /// Runs of the stream's changes, in position order within each capture. Rows of a snapshot are left out: they were
-/// committed long before.
+/// committed long before. The image before a key update is no change of its own.
 fn commit_runs(changes: &[ChangeBatch]) -> Result<Vec<CommitRun>> {
+    let not_a_change = [Op::Snapshot as u8, Op::UpdateBefore as u8];
     let mut runs = Vec::new();
     for batch in changes {
         let times = batch.commit_time.values();
-        let streamed = (0..batch.len()).filter(|&row| batch.op.value(row) != Op::Snapshot as u8);
+        let streamed = (0..batch.len()).filter(|&row| !not_a_change.contains(&batch.op.value(row)));
         let mut last: Option<(usize, u64)> = None;
         for row in streamed {
             match &mut last {
