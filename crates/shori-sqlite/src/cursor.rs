@@ -1,0 +1,203 @@
+//! Where reading stands.
+//!
+//! A step of reading works on a copy and hands it back with its batch: a call that is dropped half-way changes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use rusqlite::Connection;
+use shori_core::position::{CaptureId, Micros, Position, Watermark};
+use shori_core::schema::SchemaChange;
+use shori_core::source::{Resume, SnapshotProgress, SnapshotState, SourceBatch, Started};
+use shori_core::{Error, ErrorKind, Result};
+
+use crate::connection::Database;
+use crate::install::{self, Layout};
+use crate::snapshot::Chunk;
+use crate::{SqliteConfig, positions, table};
+
+#[derive(Clone)]
+pub(crate) struct Cursor {
+    pub identity: Arc<str>,
+    pub schema_version: i64,
+    /// SQLite's own counter of foreign commits, as of the newest look.
+    pub data_version: Option<i64>,
+    pub captures: Vec<Capture>,
+    pub watermark: Watermark,
+    /// The furthest that any capture is staged; new chunks stand above it.
+    pub furthest: Position,
+    /// Nothing at or below the first look's newest change is needed.
+    pub from_head: bool,
+    /// The newest change of the last look, while it is being read up to.
+    pub target: Option<Target>,
+    /// Read under the target, to be emitted when the stream has come to it.
+    pub chunk: Option<Arc<Chunk>>,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    pub id: i64,
+    pub time: Micros,
+}
+
+#[derive(Clone)]
+pub(crate) struct Capture {
+    pub id: CaptureId,
+    pub layout: Arc<Layout>,
+    /// Changes at or below are staged already.
+    pub after: i64,
+    pub progress: SnapshotProgress,
+    pub failed: bool,
+}
+
+impl Capture {
+    /// Whether a pruned change above `after` would be missed. A snapshot that has not begun misses none.
+    fn needs_every_change(&self) -> bool {
+        self.progress.state != SnapshotState::Requested
+    }
+}
+
+/// Newest change id ever given, whether or not its row is still there.
+pub(crate) fn newest_change(connection: &Connection) -> rusqlite::Result<i64> {
+    let query = "
+        select max(
+            ifnull((select seq from sqlite_sequence where name = '_shori_changes'), 0),
+            ifnull((select max(id) from _shori_changes), 0)
+        )";
+    connection.prepare_cached(query)?.query_row([], |row| row.get(0))
+}
+
+/// The newest change of this capture that has been pruned.
+pub(crate) fn pruned_to(connection: &Connection, number: i64) -> rusqlite::Result<i64> {
+    let query = "select pruned_to from _shori_captures where number = ?1";
+    connection.prepare_cached(query)?.query_row([number], |row| row.get(0))
+}
+
+/// Makes capture ready and finds where reading goes on.
+pub(crate) fn start(
+    database: &mut Database,
+    config: &SqliteConfig,
+    resume: &BTreeMap<CaptureId, Resume>,
+) -> Result<(Started, Cursor)> {
+    let read_anew = |id: &CaptureId| {
+        resume.get(id).is_none_or(|resume| resume.snapshot.state == SnapshotState::Requested)
+    };
+    let all = config.tables.iter().map(|table| table.name.clone());
+    let accept: BTreeSet<String> = all.filter(|name| read_anew(&CaptureId::new(&config.source_name, name))).collect();
+    let applied = install::apply(database, config, &accept)?;
+    let fail = database.fail("read");
+    let newest = newest_change(&database.connection).map_err(&fail)?;
+    let mut failed = applied.failed;
+    let mut captures = Vec::with_capacity(applied.captures.len());
+    let mut lowest: Option<Watermark> = None;
+    let mut furthest = Position::ZERO;
+    for layout in applied.captures {
+        let info = layout.info(&config.source_name);
+        let resume = resume.get(&info.id);
+        let watermark = resume.map_or(Watermark::ZERO, |resume| resume.watermark);
+        let capture = Capture {
+            id: info.id.clone(),
+            after: positions::change_at(&watermark.staged)?,
+            progress: resume.map_or(SnapshotProgress::requested(1), |resume| resume.snapshot.clone()),
+            layout: Arc::new(layout),
+            failed: false,
+        };
+        if capture.after > newest {
+            return Err(restored(database, capture.after, newest));
+        }
+        furthest = furthest.max(watermark.staged);
+        let pruned = pruned_to(&database.connection, capture.layout.number).map_err(&fail)?;
+        if let Err(error) = check_resume(&capture, resume, accept.contains(&*info.id.instance), pruned) {
+            failed.push((info.id, error));
+            continue;
+        }
+        if watermark.staged != Position::ZERO {
+            // Only a capture that is read anew may stand below what was pruned.
+            let from = if pruned > capture.after { positions::of_change(pruned)? } else { watermark.staged };
+            let from = Watermark { staged: from, ..watermark };
+            lowest = Some(lowest.filter(|lowest| lowest.staged <= from.staged).unwrap_or(from));
+        }
+        captures.push(capture);
+    }
+    let infos = captures.iter().map(|capture| capture.layout.info(&config.source_name)).collect();
+    let started = Started { identity: applied.identity.clone(), captures: infos, failed };
+    let cursor = Cursor {
+        identity: applied.identity.into(),
+        schema_version: applied.schema_version,
+        data_version: None,
+        captures,
+        watermark: lowest.unwrap_or(Watermark::ZERO),
+        furthest,
+        from_head: lowest.is_none(),
+        target: None,
+        chunk: None,
+    };
+    Ok((started, cursor))
+}
+
+fn check_resume(capture: &Capture, resume: Option<&Resume>, read_anew: bool, pruned: i64) -> Result<()> {
+    let schema = resume.and_then(|resume| resume.schema.as_ref()).filter(|_| !read_anew);
+    let next = &capture.layout.table.schema;
+    if let Some(SchemaChange::Incompatible { reason }) = schema.map(|schema| schema.change_to(next)) {
+        let table = &capture.layout.table.name;
+        return Err(table::refused(table, reason).with_remedy(format!("run shori resnapshot {table}")));
+    }
+    check_gap(capture, capture.after, pruned)
+}
+
+/// Contract 8: the capture's own changes, pruned above what is staged, are lost. Idle captures have none.
+pub(crate) fn check_gap(capture: &Capture, staged: i64, pruned: i64) -> Result<()> {
+    if !capture.needs_every_change() || pruned <= staged {
+        return Ok(());
+    }
+    let table = &capture.layout.table.name;
+    let cause = format!("source retention has passed the watermark: change {staged} is staged, {pruned} is pruned");
+    Err(Error::new(ErrorKind::Gap, "read", format!("changes of table {table}"), cause)
+        .with_remedy(format!("run shori resnapshot {table}")))
+}
+
+/// The file knows fewer changes than the log has.
+pub(crate) fn restored(database: &Database, staged: i64, newest: i64) -> Error {
+    let cause = format!("the log has its change {staged}, but its newest is {newest}: it is an older copy");
+    Error::new(ErrorKind::SourceReplaced, "read", database.name(), cause)
+        .with_remedy("put the captured file back and start again, or start with an empty log")
+}
+
+/// Follows the tables after their schema changed, and tells what is another from here on.
+pub(crate) fn follow(
+    database: &mut Database,
+    config: &SqliteConfig,
+    cursor: &mut Cursor,
+    batch: &mut SourceBatch,
+) -> Result<()> {
+    let requested = |capture: &&Capture| capture.progress.state == SnapshotState::Requested;
+    let accept = cursor.captures.iter().filter(requested).map(|capture| capture.id.instance.to_string()).collect();
+    let applied = install::apply(database, config, &accept)?;
+    check_identity(database, &cursor.identity, &applied.identity)?;
+    cursor.schema_version = applied.schema_version;
+    for (id, error) in applied.failed {
+        let failing = cursor.captures.iter_mut().find(|capture| capture.id == id && !capture.failed);
+        if let Some(capture) = failing {
+            capture.failed = true;
+            batch.failed.push((id, error));
+        }
+    }
+    for layout in applied.captures {
+        let info = layout.info(&config.source_name);
+        let Some(capture) = cursor.captures.iter_mut().find(|capture| capture.id == info.id) else { continue };
+        if !capture.failed && capture.layout.table.schema != info.schema {
+            batch.schemas.push(info);
+        }
+        capture.layout = Arc::new(layout);
+    }
+    Ok(())
+}
+
+pub(crate) fn check_identity(database: &Database, known: &str, found: &str) -> Result<()> {
+    if known == found {
+        return Ok(());
+    }
+    let cause = "its capture tables were made anew while it was read";
+    Err(Error::new(ErrorKind::SourceReplaced, "read", database.name(), cause)
+        .with_remedy("put the captured file back and start again, or start with an empty log"))
+}

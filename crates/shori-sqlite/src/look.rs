@@ -1,0 +1,48 @@
+//! Looking at a source without reading from it: for checks and for backlog. Nothing is written.
+
+use shori_core::position::{CaptureId, Position};
+use shori_core::source::CaptureInfo;
+use shori_core::{Error, ErrorKind, Result};
+
+use crate::connection::Database;
+use crate::{SqliteConfig, cursor, install, positions, table};
+
+/// What could be captured.
+#[derive(Debug)]
+pub struct Inspected {
+    pub captures: Vec<CaptureInfo>,
+    /// Tables that cannot be captured, each with the reason.
+    pub failed: Vec<(CaptureId, Error)>,
+}
+
+/// The shape of every configured table as it is now, whether or not capture is installed.
+pub fn inspect(config: &SqliteConfig) -> Result<Inspected> {
+    let database = Database::open(&config.path, config.busy_timeout)?;
+    let mut inspected = Inspected { captures: Vec::new(), failed: Vec::new() };
+    for wanted in &config.tables {
+        let id = CaptureId::new(&config.source_name, &wanted.name);
+        match table::inspect(&database.connection, wanted) {
+            Ok(found) => inspected.captures.push(CaptureInfo { id, schema: found.schema }),
+            Err(error) if error.kind() == ErrorKind::Schema => inspected.failed.push((id, error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(inspected)
+}
+
+/// The position of the newest change; [`Position::ZERO`] before capture is installed.
+pub fn log_end(config: &SqliteConfig) -> Result<Position> {
+    let database = Database::open(&config.path, config.busy_timeout)?;
+    let fail = database.fail("read the newest change of");
+    if !install::has_layout(&database.connection).map_err(&fail)? {
+        return Ok(Position::ZERO);
+    }
+    positions::of_change(cursor::newest_change(&database.connection).map_err(&fail)?)
+}
+
+/// Changes in the source's own log above `position`, over all captured tables.
+pub fn changes_above(config: &SqliteConfig, position: &Position) -> Result<u64> {
+    let read_to = positions::change_at(position)?;
+    let newest = positions::change_at(&log_end(config)?)?;
+    Ok(newest.saturating_sub(read_to).unsigned_abs())
+}
