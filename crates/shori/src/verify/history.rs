@@ -1,0 +1,176 @@
+//! The rules of a history: one open version per live key, versions that follow each other without gap or overlap, and
+//! as many of them as rows were committed.
+
+use shori_core::Result;
+use shori_core::projection::history::{CDC_OPERATION, IS_CURRENT, SOURCE_LSN, VALID_FROM, VALID_TO};
+
+use super::TableInput;
+use super::compare::{difference, label, same};
+use super::report::{Finding, FindingKind, ProjectionReport};
+use super::scratch::{Scratch, quote_name};
+use super::source::Source;
+
+pub(super) fn check(
+    scratch: &Scratch,
+    schema: &str,
+    table: &TableInput,
+    key: &[String],
+    source: &mut Source,
+    report: &mut ProjectionReport,
+) -> Result<()> {
+    let found = format!("found.{}", quote_name(&report.projection));
+    let live = format!("{schema}.{}", quote_name(&table.name));
+    report.rows_expected = scratch.number(&format!("select count(*) from {live}"))?;
+    report.rows_found = scratch.number(&format!("select count(*) from {found}"))?;
+    if !has_columns(scratch, table, key, report)? {
+        return Ok(());
+    }
+    let mut queries = current_rows(table, key, &found, &live);
+    let versions = format!("expected.{}", quote_name(&report.projection));
+    scratch.execute(&chain(&versions, key, &found))?;
+    queries.extend(chain_rules(&versions, key));
+    for (kind, query) in queries {
+        report.findings.extend(scratch.finding(kind, &query)?);
+    }
+    count(scratch, &versions, &table.name, source, report)
+}
+
+fn has_columns(scratch: &Scratch, table: &TableInput, key: &[String], report: &mut ProjectionReport) -> Result<bool> {
+    let found = scratch.columns("found", &report.projection)?;
+    let tracked = table.columns.iter().map(|column| &column.name).filter(|name| !table.key.contains(name));
+    let own = [VALID_FROM, VALID_TO, IS_CURRENT, CDC_OPERATION, SOURCE_LSN];
+    let wanted = key.iter().chain(tracked).map(String::as_str).chain(own);
+    let missing: Vec<_> = wanted
+        .filter(|name| found.iter().all(|(found, _)| found != name))
+        .map(|name| format!("{name} is missing"))
+        .collect();
+    let complete = missing.is_empty();
+    if !complete {
+        report.findings.push(Finding { kind: FindingKind::Columns, count: missing.len() as u64, examples: missing });
+    }
+    Ok(complete)
+}
+
+/// The open versions against the rows that live.
+fn current_rows(table: &TableInput, key: &[String], found: &str, live: &str) -> Vec<(FindingKind, String)> {
+    let pairs = || table.key.iter().zip(key).map(|(of_table, of_history)| (of_table.as_str(), of_history.as_str()));
+    let same_key = same(pairs(), "e", "f");
+    let key_list = key.iter().map(|part| quote_name(part)).collect::<Vec<_>>().join(", ");
+    let (label_e, label_f) = (label(&table.key, "e"), label(key, "f"));
+    let current = format!("(select * from {found} where {IS_CURRENT})");
+    let mut queries = vec![
+        (FindingKind::Missing, format!("select {label_e} from {live} e anti join {current} f on {same_key}")),
+        (FindingKind::Extra, format!("select {label_f} from {current} f anti join {live} e on {same_key}")),
+        (
+            FindingKind::Duplicated,
+            format!(
+                "select {label_f} from (select {key_list} from {current} group by {key_list} having count(*) > 1) f"
+            ),
+        ),
+    ];
+    let tracked = table.columns.iter().filter(|column| !table.key.contains(&column.name));
+    let differences: Vec<_> = tracked.map(|column| difference(&column.name, 0)).collect();
+    if !differences.is_empty() {
+        let conditions = differences.iter().map(|one| one.condition.as_str()).collect::<Vec<_>>().join(" or ");
+        let texts = differences.iter().map(|one| one.text.as_str()).collect::<Vec<_>>().join(", ");
+        queries.push((
+            FindingKind::Differing,
+            format!(
+                "select {label_e} || ': ' || concat_ws(', ', {texts})
+                from {live} e
+                join {current} f on {same_key}
+                where {conditions}"
+            ),
+        ));
+    }
+    queries
+}
+
+/// Every version with what follows it.
+fn chain(versions: &str, key: &[String], found: &str) -> String {
+    let key_list = key.iter().map(|part| quote_name(part)).collect::<Vec<_>>().join(", ");
+    format!(
+        "
+        create table {versions} as
+        select
+            {key_list},
+            {VALID_FROM},
+            {VALID_TO},
+            {IS_CURRENT},
+            {CDC_OPERATION},
+            {SOURCE_LSN},
+            lead({VALID_FROM}) over following as next_from,
+            lead({CDC_OPERATION}) over following as next_operation
+        from {found}
+        window following as (partition by {key_list} order by {VALID_FROM}, {VALID_TO} nulls last)
+        "
+    )
+}
+
+fn chain_rules(versions: &str, key: &[String]) -> Vec<(FindingKind, String)> {
+    let named = label(key, "v");
+    let select = |what: &str, condition: &str| {
+        format!(
+            "select {named} || ' from ' || cast({VALID_FROM} as varchar) || {what} from {versions} v where {condition}"
+        )
+    };
+    let ends = format!("' to ' || coalesce(cast({VALID_TO} as varchar), 'now')");
+    let next = format!("{ends} || ', the next from ' || cast(next_from as varchar)");
+    vec![
+        (FindingKind::CurrentFlag, select(&ends, &format!("{IS_CURRENT} is distinct from ({VALID_TO} is null)"))),
+        (FindingKind::Backwards, select(&ends, &format!("{VALID_TO} <= {VALID_FROM}"))),
+        (
+            FindingKind::Overlap,
+            select(&next, &format!("next_from is not null and ({VALID_TO} is null or {VALID_TO} > next_from)")),
+        ),
+        // An update continues what stood before it. Only what comes after a deletion is an insert, or found by a snapshot.
+        (FindingKind::Gap, select(&next, &format!("{VALID_TO} < next_from and next_operation = 'UPDATE'"))),
+    ]
+}
+
+/// Compares the number of versions, and of ended rows, with those that the writer of the source counted itself.
+fn count(
+    scratch: &Scratch,
+    versions: &str,
+    table: &str,
+    source: &mut Source,
+    report: &mut ProjectionReport,
+) -> Result<()> {
+    let skip = |report: &mut ProjectionReport, reason: &str| {
+        report.notes.push(format!("the number of versions is not compared: {reason}"));
+        Ok(())
+    };
+    // Where the first snapshot came after changes, the log may have begun after them.
+    let of_snapshot = format!("from {versions} where {CDC_OPERATION} = 'SNAPSHOT'");
+    let later =
+        scratch.number(&format!("select count(*) {of_snapshot} and {SOURCE_LSN} > unhex('0000000000000000')"))?;
+    if later > 0 {
+        return skip(report, "rows were found by a snapshot after changes had begun");
+    }
+    let images = match source.images(table, report.as_of_change)? {
+        Ok(images) => images,
+        Err(reason) => return skip(report, &reason),
+    };
+    let of_snapshot = scratch.number(&format!("select count(*) {of_snapshot}"))?;
+    let opened = report.rows_found - of_snapshot;
+    let ended = scratch.number(&format!(
+        "select count(*) from {versions} where {VALID_TO} is not null and {VALID_TO} is distinct from next_from"
+    ))?;
+    let mut compare = |kind: FindingKind, what: &str, found: u64, least: u64, most: u64| {
+        if !(least..=most).contains(&found) {
+            let off = if found < least { least - found } else { found - most };
+            let expected = if least == most { format!("{least}") } else { format!("{least} to {most}") };
+            let examples = vec![format!("{found} {what}, {expected} were committed")];
+            report.findings.push(Finding { kind, count: off, examples });
+        }
+    };
+    let others = images.by_others;
+    compare(FindingKind::VersionCount, "versions", opened, images.opening, images.opening + others);
+    // A row from before the capture may have been deleted before the snapshot came to it.
+    let least = images.ending.saturating_sub(images.before_capture);
+    compare(FindingKind::DeletionCount, "ended rows", ended, least, images.ending + others);
+    if others > 0 {
+        report.notes.push(format!("{others} changes were not made by the generator: counts are compared within them"));
+    }
+    Ok(())
+}

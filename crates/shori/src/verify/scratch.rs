@@ -1,0 +1,143 @@
+//! The database that everything is compared in: a file of its own, gone afterwards, that spills what memory does not
+//! hold.
+
+use arrow::array::RecordBatch;
+use duckdb::{Config, Connection};
+use shori_core::{Error, ErrorKind, Result};
+use tempfile::TempDir;
+
+use super::VerifyInput;
+use super::report::{EXAMPLES_MAX, Finding, FindingKind};
+
+pub(super) struct Scratch {
+    connection: Connection,
+    // Removed after the connection has let go of it.
+    _directory: TempDir,
+}
+
+impl Scratch {
+    pub(super) fn open(input: &VerifyInput) -> Result<Self> {
+        let make = || match &input.scratch_directory {
+            Some(parent) => TempDir::with_prefix_in("shori-verify-", parent),
+            None => TempDir::with_prefix("shori-verify-"),
+        };
+        let directory = make().map_err(|cause| {
+            Error::new(ErrorKind::Refused, "make", "a scratch folder", cause)
+                .with_remedy("name a folder with enough space")
+        })?;
+        let open = || {
+            let mut config = Config::default()
+                .with("autoinstall_known_extensions", "false")?
+                .with("autoload_known_extensions", "false")?
+                .with("memory_limit", format!("{}MiB", input.memory_limit_mib))?
+                .with("temp_directory", directory.path().join("spill").display().to_string())?;
+            if input.threads > 0 {
+                config = config.with("threads", input.threads.to_string())?;
+            }
+            let connection = Connection::open_with_flags(directory.path().join("verify.duckdb"), config)?;
+            connection.execute_batch(
+                "
+                set TimeZone = 'UTC';
+                set preserve_insertion_order = false;
+                create schema base;
+                create schema touched;
+                create schema found;
+                create schema expected;
+                ",
+            )?;
+            Ok(connection)
+        };
+        let connection = open().map_err(|cause| scratch_error("open", "the scratch database", cause))?;
+        Ok(Self { connection, _directory: directory })
+    }
+
+    pub(super) fn execute(&self, statements: &str) -> Result<()> {
+        self.connection.execute_batch(statements).map_err(|cause| scratch_error("compute", statements, cause))
+    }
+
+    /// Runs a statement that a person wrote; what is wrong with it is theirs to know.
+    pub(super) fn execute_projection(&self, statement: &str, projection: &str) -> Result<()> {
+        let object = format!("projection {projection}");
+        self.connection
+            .execute_batch(statement)
+            .map_err(|cause| Error::new(ErrorKind::Projection, "compute", object, cause))
+    }
+
+    pub(super) fn append(&self, schema: &str, table: &str, batch: RecordBatch) -> Result<()> {
+        let append = || {
+            let mut appender = self.connection.appender_to_db(table, schema)?;
+            appender.append_record_batch(batch)?;
+            appender.flush()
+        };
+        append().map_err(|cause| scratch_error("load", &format!("rows of {table}"), cause))
+    }
+
+    pub(super) fn number(&self, query: &str) -> Result<u64> {
+        let number: Option<i64> = self
+            .connection
+            .query_row(query, [], |row| row.get(0))
+            .map_err(|cause| scratch_error("compute", query, cause))?;
+        Ok(number.unwrap_or(0).max(0) as u64)
+    }
+
+    pub(super) fn texts(&self, query: &str) -> Result<Vec<String>> {
+        let read = || -> duckdb::Result<Vec<String>> {
+            let mut statement = self.connection.prepare(query)?;
+            let texts = statement.query_map([], |row| row.get::<_, Option<String>>(0))?;
+            texts.map(|text| text.map(Option::unwrap_or_default)).collect()
+        };
+        read().map_err(|cause| scratch_error("compute", query, cause))
+    }
+
+    /// Names and types of a table's columns, in order.
+    pub(super) fn columns(&self, schema: &str, table: &str) -> Result<Vec<(String, String)>> {
+        let query = format!(
+            "
+            select column_name, data_type
+            from information_schema.columns
+            where table_schema = {} and table_name = {}
+            order by ordinal_position
+            ",
+            quote_text(schema),
+            quote_text(table)
+        );
+        let read = || -> duckdb::Result<Vec<(String, String)>> {
+            let mut statement = self.connection.prepare(&query)?;
+            statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+        };
+        read().map_err(|cause| scratch_error("compute", &query, cause))
+    }
+
+    /// Counts what `query` finds and names the first; its one column is the text that names a row. `None` where it
+    /// finds nothing.
+    pub(super) fn finding(&self, kind: FindingKind, query: &str) -> Result<Option<Finding>> {
+        let count = self.number(&format!("select count(*) from ({query})"))?;
+        if count == 0 {
+            return Ok(None);
+        }
+        let examples = self.texts(&format!("select * from ({query}) order by 1 limit {EXAMPLES_MAX}"))?;
+        Ok(Some(Finding { kind, count, examples }))
+    }
+}
+
+/// `"name"`, safe in a statement.
+pub(super) fn quote_name(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// `'text'`, safe in a statement.
+pub(super) fn quote_text(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}
+
+pub(super) fn scratch_error(operation: &str, object: &str, cause: duckdb::Error) -> Error {
+    let text = cause.to_string();
+    let object = object.split_whitespace().collect::<Vec<_>>().join(" ");
+    if text.contains("No space left") || text.contains("max_temp_directory_size") {
+        Error::new(ErrorKind::DiskFull, operation, object, cause).with_remedy("name a scratch folder with enough space")
+    } else if text.contains("Out of Memory") {
+        Error::new(ErrorKind::Refused, operation, object, cause).with_remedy("allow more memory")
+    } else {
+        Error::new(ErrorKind::Refused, operation, object, cause)
+    }
+}

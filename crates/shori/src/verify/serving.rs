@@ -1,0 +1,188 @@
+//! The tables to be verified, as they are served, and how far they say they have come.
+//!
+//! Of what the store says of itself, only the checkpoints are taken: they say what the rows claim to be.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use arrow::array::{AsArray, RecordBatch};
+use arrow::datatypes::{DataType, TimeUnit};
+use duckdb::Connection;
+use shori_core::{Error, ErrorKind, Result};
+
+use super::ProjectionInput;
+use super::scratch::{Scratch, quote_name, quote_text, scratch_error};
+
+/// How often a projection is read again because it moved meanwhile.
+const READS_MAX: usize = 5;
+/// Time between two looks at a checkpoint.
+const CATCH_UP_POLL: Duration = Duration::from_millis(100);
+
+/// Reads the store that serves the projections: the file itself, or the process that has it open.
+pub trait Serving {
+    /// The rows of a query, all at once: for few rows.
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>>;
+
+    /// The rows of a query, part by part, in memory that does not grow with them.
+    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        self.query(sql)?.into_iter().try_for_each(take)
+    }
+
+    /// From here to [`release`](Serving::release), all reads see one state, where the store can do that. Where it
+    /// cannot, a projection that moved while it was read is read again.
+    fn hold(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Serving for Connection {
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
+        let mut batches = Vec::new();
+        self.scan(sql, &mut |batch| {
+            batches.push(batch);
+            Ok(())
+        })?;
+        Ok(batches)
+    }
+
+    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        let fail = |cause| scratch_error("read", sql, cause);
+        let mut statement = self.prepare(sql).map_err(fail)?;
+        // The stream's iterator panics on an error; stepping returns it.
+        drop(statement.stream_arrow([]).map_err(fail)?);
+        while let Some(part) = statement.step().map_err(fail)? {
+            take(RecordBatch::from(&part))?;
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.execute_batch("begin transaction").map_err(|cause| scratch_error("read", "the serving database", cause))
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.execute_batch("rollback").map_err(|cause| scratch_error("release", "the serving database", cause))
+    }
+}
+
+/// The newest change of each table, by id, that a projection has consumed.
+pub(super) type Checkpoint = BTreeMap<String, u64>;
+
+/// Waits until the projection holds the change `head`, for `at_most`; that it does not is no error.
+pub(super) fn wait(
+    serving: &mut dyn Serving,
+    projection: &ProjectionInput,
+    head: u64,
+    at_most: Duration,
+) -> Result<()> {
+    let deadline = Instant::now() + at_most;
+    while Instant::now() < deadline {
+        match read_checkpoint(serving, projection) {
+            Ok(checkpoint) if checkpoint.values().all(|id| *id >= head) => return Ok(()),
+            Err(error) if error.kind() != ErrorKind::Unavailable => return Err(error),
+            _ => thread::sleep(CATCH_UP_POLL),
+        }
+    }
+    Ok(())
+}
+
+/// Copies the projection's rows to `found.<projection>`; returns the checkpoint that they stand at.
+pub(super) fn load(serving: &mut dyn Serving, scratch: &Scratch, projection: &ProjectionInput) -> Result<Checkpoint> {
+    for _ in 0..READS_MAX {
+        serving.hold()?;
+        let loaded = load_once(serving, scratch, projection);
+        serving.release()?;
+        if let Some(checkpoint) = loaded? {
+            return Ok(checkpoint);
+        }
+    }
+    let object = format!("projection {}", projection.name);
+    Err(Error::new(ErrorKind::Unavailable, "verify", object, "it moved on whenever it was read")
+        .with_remedy("verify while there are fewer changes"))
+}
+
+fn load_once(serving: &mut dyn Serving, scratch: &Scratch, projection: &ProjectionInput) -> Result<Option<Checkpoint>> {
+    let checkpoint = read_checkpoint(serving, projection)?;
+    let table = quote_name(&projection.name);
+    scratch.execute(&format!("drop table if exists found.{table}"))?;
+    // An empty answer has no batch that tells the columns: the description does.
+    let columns = serving.query(&format!("describe select * from {table}"))?;
+    let mut definitions = Vec::new();
+    for batch in &columns {
+        for [name, data_type] in texts(batch)? {
+            definitions.push(format!("{} {data_type}", quote_name(&name)));
+        }
+    }
+    scratch.execute(&format!("create table found.{table} ({})", definitions.join(", ")))?;
+    serving.scan(&format!("select * from {table}"), &mut |batch| {
+        check_types(&batch, &projection.name)?;
+        scratch.append("found", &projection.name, batch)
+    })?;
+    let after = read_checkpoint(serving, projection)?;
+    Ok((after == checkpoint).then_some(checkpoint))
+}
+
+fn read_checkpoint(serving: &mut dyn Serving, projection: &ProjectionInput) -> Result<Checkpoint> {
+    let object = || format!("projection {}", projection.name);
+    // A position without a sequence stands before its change.
+    let query = format!(
+        "
+        select capture_instance, hex(last_consumed_lsn), hex(last_seq)
+        from ctl_projection_checkpoints
+        where projection_name = {}
+        ",
+        quote_text(&projection.name)
+    );
+    let mut stored = BTreeMap::new();
+    for batch in serving.query(&query)? {
+        for [capture, lsn, seq] in texts(&batch)? {
+            let id = if lsn.is_empty() { Ok(0) } else { u64::from_str_radix(&lsn, 16) };
+            let id = id.map_err(|cause| Error::new(ErrorKind::Corrupt, "read the checkpoint of", object(), cause))?;
+            stored.insert(capture, if seq.is_empty() { id.saturating_sub(1) } else { id });
+        }
+    }
+    let mut checkpoint = Checkpoint::new();
+    for table in projection.tables() {
+        // Where there are several sources, the capture's name is behind that of its source.
+        let found = stored.iter().find(|(capture, _)| capture.rsplit('/').next() == Some(table));
+        let Some((_, id)) = found else {
+            return Err(Error::new(ErrorKind::Unavailable, "verify", object(), "it has not been built yet")
+                .with_remedy("start the pipeline and let it catch up"));
+        };
+        checkpoint.insert(table.to_string(), *id);
+    }
+    Ok(checkpoint)
+}
+
+/// The first columns of a batch.
+fn texts<const COLUMNS: usize>(batch: &RecordBatch) -> Result<Vec<[String; COLUMNS]>> {
+    let misfit = || Error::new(ErrorKind::Internal, "read", "the serving database", "a column is no text");
+    let mut columns = Vec::with_capacity(COLUMNS);
+    for index in 0..COLUMNS {
+        let array = batch.columns().get(index).and_then(|array| array.as_string_opt::<i32>());
+        columns.push(array.ok_or_else(misfit)?);
+    }
+    let value = |row: usize| std::array::from_fn(|column| columns[column].value(row).to_string());
+    Ok((0..batch.num_rows()).map(value).collect())
+}
+
+/// The appender takes fewer types than DuckDB has.
+fn check_types(batch: &RecordBatch, projection: &str) -> Result<()> {
+    for field in batch.schema().fields() {
+        let taken = match field.data_type() {
+            DataType::Timestamp(unit, _) => *unit == TimeUnit::Microsecond,
+            DataType::List(_) | DataType::Struct(_) | DataType::Map(_, _) | DataType::Union(_, _) => false,
+            _ => true,
+        };
+        if !taken {
+            let object = format!("column {} of projection {projection}", field.name());
+            return Err(Error::new(ErrorKind::Refused, "verify", object, format!("its type is {}", field.data_type())));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! What the source holds, read from the source itself: its tables at one moment, its change table, and the ledger of the
+//! generator where there is one.
+//!
+//! The tables are read first, then the projections, then the change table: a pipeline that runs is then at or past the
+//! moment of the tables, and the images since take them to where it is.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction};
+use serde::Deserialize;
+use shori_core::{Error, ErrorKind, Result};
+
+use super::scratch::{Scratch, quote_name};
+use super::serving::Checkpoint;
+use super::values::Loader;
+use super::{ColumnInput, TableInput, VerifyInput};
+
+/// How the change table numbers what happened to a row: see [`shori_core::change::Op`]. The capture's own mark for a table
+/// that must be read again is none of them.
+const IMAGE_OPS: &str = "0, 1, 2, 3, 4, 5";
+
+/// The position of a table's columns in the change table.
+#[derive(Clone, Debug)]
+struct Capture {
+    number: i64,
+    /// By column of the table; none for a column that no change row holds yet.
+    slots: Vec<Option<usize>>,
+    /// Change rows up to this one may be gone.
+    pruned_to: u64,
+}
+
+pub(super) struct Source {
+    connection: Connection,
+    /// The newest change when the tables were read.
+    pub head: u64,
+    captures: BTreeMap<String, Capture>,
+}
+
+/// Row images that were committed up to a checkpoint, as the writer counted them.
+pub(super) struct Images {
+    /// Those that leave a row: each opens a version.
+    pub opening: u64,
+    /// Those that take a row away.
+    pub ending: u64,
+    /// Rows that lived when capture began.
+    pub before_capture: u64,
+    /// Change rows that the writer did not count.
+    pub by_others: u64,
+}
+
+impl Source {
+    /// Copies every table that a projection reads to `base`.
+    pub(super) fn load(input: &VerifyInput, scratch: &Scratch) -> Result<Self> {
+        let mut connection = open(&input.source)?;
+        let reading = connection.transaction().map_err(fail("read", "the source"))?;
+        let head = read_head(&reading)?;
+        let mut captures = BTreeMap::new();
+        for table in used_tables(input)? {
+            captures.insert(table.name.clone(), read_capture(&reading, table)?);
+            load_table(&reading, scratch, table)?;
+        }
+        reading.finish().map_err(fail("read", "the source"))?;
+        Ok(Self { connection, head, captures })
+    }
+
+    /// Copies the change rows of every table to `touched`. Fails when some that a checkpoint needs are no longer kept.
+    pub(super) fn load_changes(
+        &mut self,
+        input: &VerifyInput,
+        scratch: &Scratch,
+        checkpoints: &[Checkpoint],
+    ) -> Result<()> {
+        let reading = self.connection.transaction().map_err(fail("read", "the change table"))?;
+        for table in used_tables(input)? {
+            let capture = read_capture(&reading, table)?;
+            let stands_at = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(&table.name));
+            let needed_after = stands_at.copied().chain([self.head]).min().unwrap_or_default();
+            let is_moved =
+                checkpoints.iter().any(|checkpoint| checkpoint.get(&table.name).is_some_and(|id| *id != self.head));
+            if is_moved && capture.pruned_to > needed_after {
+                return Err(catch_up_first(&table.name));
+            }
+            load_images(&reading, scratch, table, &capture)?;
+            self.captures.insert(table.name.clone(), capture);
+        }
+        reading.finish().map_err(fail("read", "the change table"))
+    }
+
+    /// What the generator's ledger says of `table` at change `id`, or why it says nothing.
+    pub(super) fn images(&mut self, table: &str, id: u64) -> Result<std::result::Result<Images, String>> {
+        let Some(capture) = self.captures.get(table).cloned() else { return Ok(Err("it is not captured".into())) };
+        let reading = self.connection.transaction().map_err(fail("read", "the ledger"))?;
+        if !reading.table_exists(None, "generator_ledger").map_err(fail("read", "the ledger"))? {
+            return Ok(Err("the source has no ledger of its writer".into()));
+        }
+        let head = read_head(&reading)?;
+        let sum = |condition: &str| -> Result<u64> {
+            let query = format!("select coalesce(sum(rows), 0) from generator_ledger where {condition}");
+            let sum: i64 =
+                reading.query_row(&query, [], |row| row.get(0)).map_err(fail("read", "table generator_ledger"))?;
+            Ok(sum.max(0) as u64)
+        };
+        let of_table = format!("table_name = '{}'", table.replace('\'', "''"));
+        // A key update has two images: the old key's row goes, the new key's comes.
+        let counted = sum("captured = 1")? + sum("captured = 1 and op = 'key_update'")?;
+        if counted > head {
+            return Ok(Err("the ledger of the source's writer is older than its change table".into()));
+        }
+        let after = |ops: &str| -> Result<u64> {
+            let query = format!("select count(*) from _shori_changes where id > ?1 and capture = ?2 and op in ({ops})");
+            let count: i64 = reading
+                .query_row(&query, [id as i64, capture.number], |row| row.get(0))
+                .map_err(fail("read", "the change table"))?;
+            Ok(count.max(0) as u64)
+        };
+        if capture.pruned_to > id {
+            return Err(catch_up_first(table));
+        }
+        let opening = sum(&format!("{of_table} and captured = 1 and op in ('insert', 'update', 'key_update')"))?;
+        let ending = sum(&format!("{of_table} and captured = 1 and op in ('delete', 'key_update')"))?;
+        let came = sum(&format!("{of_table} and captured = 0 and op = 'insert'"))?;
+        let went = sum(&format!("{of_table} and captured = 0 and op = 'delete'"))?;
+        Ok(Ok(Images {
+            opening: opening.saturating_sub(after("2, 4")?),
+            ending: ending.saturating_sub(after("1, 3")?),
+            before_capture: came.saturating_sub(went),
+            by_others: head - counted,
+        }))
+    }
+}
+
+/// The change rows that would tell how a table stood are gone.
+pub(super) fn catch_up_first(table: &str) -> Error {
+    let cause = "a projection is behind its rows, and the changes between are no longer kept";
+    Error::new(ErrorKind::Unavailable, "verify", format!("table {table}"), cause)
+        .with_remedy("let the pipeline catch up first, and verify then")
+}
+
+fn fail(operation: &'static str, object: &'static str) -> impl Fn(rusqlite::Error) -> Error {
+    move |cause| Error::new(ErrorKind::Refused, operation, object, cause)
+}
+
+fn open(path: &Path) -> Result<Connection> {
+    let object = || format!("SQLite file {}", path.display());
+    let refuse = |cause: rusqlite::Error| Error::new(ErrorKind::Refused, "open", object(), cause);
+    if !path.exists() {
+        return Err(Error::new(ErrorKind::Usage, "open", object(), "there is no such file"));
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags).map_err(refuse)?;
+    connection.busy_timeout(std::time::Duration::from_secs(10)).map_err(refuse)?;
+    if !connection.table_exists(None, "_shori_captures").map_err(refuse)? {
+        return Err(Error::new(ErrorKind::Usage, "verify against", object(), "nothing in it is captured")
+            .with_remedy("start the pipeline and let it catch up"));
+    }
+    Ok(connection)
+}
+
+fn used_tables(input: &VerifyInput) -> Result<Vec<&TableInput>> {
+    let mut used = BTreeMap::new();
+    for projection in &input.projections {
+        for name in projection.tables() {
+            used.insert(name, input.table(name)?);
+        }
+    }
+    Ok(used.into_values().collect())
+}
+
+/// The newest change ever, whether or not it is still kept.
+fn read_head(reading: &Transaction<'_>) -> Result<u64> {
+    let query = "select seq from sqlite_sequence where name = '_shori_changes'";
+    let head: Option<i64> =
+        reading.query_row(query, [], |row| row.get(0)).optional().map_err(fail("read", "the change table"))?;
+    Ok(head.unwrap_or(0).max(0) as u64)
+}
+
+#[derive(Deserialize)]
+struct SlotColumn {
+    name: String,
+    live: bool,
+}
+
+fn read_capture(reading: &Transaction<'_>, table: &TableInput) -> Result<Capture> {
+    let query = "
+        select number, columns, pruned_to
+        from _shori_captures
+        where lower(table_name) = lower(?1)
+    ";
+    let object = || format!("the capture of table {}", table.name);
+    let row: Option<(i64, String, i64)> = reading
+        .query_row(query, [&table.name], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .optional()
+        .map_err(|cause| Error::new(ErrorKind::Refused, "read", object(), cause))?;
+    let (number, columns, pruned_to) =
+        row.ok_or_else(|| Error::new(ErrorKind::Usage, "read", object(), "the table is not captured"))?;
+    let columns: Vec<SlotColumn> =
+        serde_json::from_str(&columns).map_err(|cause| Error::new(ErrorKind::Corrupt, "read", object(), cause))?;
+    let slot = |wanted: &ColumnInput| columns.iter().position(|column| column.live && column.name == wanted.name);
+    Ok(Capture { number, slots: table.columns.iter().map(slot).collect(), pruned_to: pruned_to.max(0) as u64 })
+}
+
+fn load_table(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput) -> Result<()> {
+    let refuse = |cause| Error::new(ErrorKind::Refused, "read", format!("table {}", table.name), cause);
+    let columns = table.columns.iter().map(|column| quote_name(&column.name)).collect::<Vec<_>>().join(", ");
+    let mut statement =
+        reading.prepare(&format!("select {columns} from {}", quote_name(&table.name))).map_err(refuse)?;
+    let mut loader = Loader::new(scratch, "base", &table.name, table.columns.clone())?;
+    let mut rows = statement.query([]).map_err(refuse)?;
+    while let Some(row) = rows.next().map_err(refuse)? {
+        loader.push(|index| row.get_ref(index))?;
+    }
+    loader.finish()
+}
+
+fn load_images(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput, capture: &Capture) -> Result<()> {
+    let refuse = |cause| Error::new(ErrorKind::Refused, "read", format!("changes of table {}", table.name), cause);
+    let slots: Vec<_> =
+        capture.slots.iter().map(|slot| slot.map_or("null".into(), |slot| format!("v{slot}"))).collect();
+    let query = format!(
+        "select id, op, {} from _shori_changes where capture = ?1 and op in ({IMAGE_OPS}) order by id",
+        slots.join(", ")
+    );
+    let mut columns = vec![ColumnInput::new("change_id", "int64"), ColumnInput::new("change_op", "int64")];
+    columns.extend(table.columns.iter().cloned());
+    let mut statement = reading.prepare(&query).map_err(refuse)?;
+    let mut loader = Loader::new(scratch, "touched", &table.name, columns)?;
+    let mut rows = statement.query([capture.number]).map_err(refuse)?;
+    while let Some(row) = rows.next().map_err(refuse)? {
+        loader.push(|index| -> rusqlite::Result<ValueRef<'_>> { row.get_ref(index) })?;
+    }
+    loader.finish()
+}

@@ -1,0 +1,3 @@
+mod damage;
+mod demo_sql;
+mod pipeline;
