@@ -15,9 +15,7 @@ use shori_core::position::{CaptureId, Position, Positions, SortKey, Watermark};
 use shori_core::projection::{Target, TargetShape, history};
 use shori_core::schema::TableSchema;
 use shori_core::source::CaptureInfo;
-use shori_core::store::{
-    Append, Appended, Committed, OutputCommit, OutputKind, OutputReader, OutputRows, Store,
-};
+use shori_core::store::{Append, Appended, Committed, OutputCommit, OutputKind, OutputReader, OutputRows, Store};
 use shori_duckdb::database::{Database, Settings};
 use shori_duckdb::store::DuckdbStore;
 
@@ -47,7 +45,9 @@ fn columns(range: std::ops::Range<u64>, keys: u64) -> Result<Vec<ArrayRef>, Fail
         Arc::new(Int64Array::from_iter_values(range.clone().map(|number| (number * 7919 % keys) as i64))),
         Arc::new(Int64Array::from_iter_values(numbers().map(|number| number % 10_000))),
         Arc::new(amounts.with_precision_and_scale(18, 2)?),
-        Arc::new(StringArray::from_iter_values(numbers().map(|number| ["open", "paid", "cancelled"][number as usize % 3]))),
+        Arc::new(StringArray::from_iter_values(
+            numbers().map(|number| ["open", "paid", "cancelled"][number as usize % 3]),
+        )),
         Arc::new(TimestampMicrosecondArray::from_iter_values(numbers())),
         Arc::new(TimestampMicrosecondArray::from_iter_values(numbers())),
     ])
@@ -77,7 +77,8 @@ impl OutputReader for Parts {
 }
 
 async fn append(store: &DuckdbStore, batch: ChangeBatch, from: u64, to: u64) -> Result<Appended, Failure> {
-    let expected = BTreeMap::from([(CaptureId::new("source1", "orders"), if from == 0 { Position::ZERO } else { at(from) })]);
+    let expected =
+        BTreeMap::from([(CaptureId::new("source1", "orders"), if from == 0 { Position::ZERO } else { at(from) })]);
     let watermark = Watermark { staged: at(to), boundary: at(to), boundary_time: to as i64 };
     let changes = [batch];
     let append = Append {
@@ -92,7 +93,13 @@ async fn append(store: &DuckdbStore, batch: ChangeBatch, from: u64, to: u64) -> 
     Ok(store.append(&append).await?)
 }
 
-async fn commit(store: &DuckdbStore, target: &Target, step: u64, kind: OutputKind, parts: Vec<OutputRows>) -> Result<u64, Failure> {
+async fn commit(
+    store: &DuckdbStore,
+    target: &Target,
+    step: u64,
+    kind: OutputKind,
+    parts: Vec<OutputRows>,
+) -> Result<u64, Failure> {
     let id = CaptureId::new("source1", "orders");
     let expected = (step > 1).then(|| Positions::from([(id.clone(), at(step - 1))]));
     let checkpoint = Positions::from([(id, at(step))]);
@@ -147,12 +154,8 @@ fn closes(keys: impl Iterator<Item = i64> + Clone) -> Result<RecordBatch, Failur
 #[tokio::main]
 async fn main() -> Result<(), Failure> {
     let directory = tempfile::tempdir_in(".")?;
-    let settings = Settings {
-        memory_limit_mib: 1024,
-        threads: 2,
-        spill_directory: directory.path().join("spill"),
-        inline: false,
-    };
+    let settings =
+        Settings { memory_limit_mib: 1024, threads: 2, spill_directory: directory.path().join("spill"), inline: false };
     let database = Database::open(&settings)?;
     let store = DuckdbStore::open(&database, &directory.path().join("serving.duckdb"), "serving")?;
     store.bootstrap().await?;
@@ -160,14 +163,16 @@ async fn main() -> Result<(), Failure> {
     let id = CaptureId::new("source1", "orders");
     store.prepare_captures("t", "one", &[CaptureInfo { id: id.clone(), schema: schema.clone() }]).await?;
 
-    let batches: Vec<_> = (0..20u64).map(|n| changes(&schema, n * 50_000 + 1..(n + 1) * 50_000 + 1)).collect::<Result<_, _>>()?;
+    let batches: Vec<_> =
+        (0..20u64).map(|n| changes(&schema, n * 50_000 + 1..(n + 1) * 50_000 + 1)).collect::<Result<_, _>>()?;
     let began = Instant::now();
     for (n, batch) in (0u64..).zip(batches) {
         append(&store, batch, n * 50_000, (n + 1) * 50_000).await?;
     }
     report("append in batches of 50000", 1_000_000, began);
 
-    let small: Vec<_> = (0..500u64).map(|n| changes(&schema, 1_000_001 + n * 5..1_000_006 + n * 5)).collect::<Result<_, _>>()?;
+    let small: Vec<_> =
+        (0..500u64).map(|n| changes(&schema, 1_000_001 + n * 5..1_000_006 + n * 5)).collect::<Result<_, _>>()?;
     let began = Instant::now();
     for (n, batch) in (0u64..).zip(small) {
         append(&store, batch, 1_000_000 + n * 5, 1_000_005 + n * 5).await?;
@@ -201,9 +206,11 @@ async fn main() -> Result<(), Failure> {
     };
     store.prepare_target(&rows_target).await?;
     let part = |range: std::ops::Range<u64>| -> Result<Vec<OutputRows>, Failure> {
-        range.clone().step_by(65_536).map(|from| {
-            Ok(OutputRows::Upsert(upserts(from..range.end.min(from + 65_536), &schema)?))
-        }).collect()
+        range
+            .clone()
+            .step_by(65_536)
+            .map(|from| Ok(OutputRows::Upsert(upserts(from..range.end.min(from + 65_536), &schema)?)))
+            .collect()
     };
     let parts = part(0..1_000_000)?;
     let began = Instant::now();
@@ -236,9 +243,11 @@ async fn main() -> Result<(), Failure> {
     };
     store.prepare_target(&dim).await?;
     let version_parts = |range: std::ops::Range<u64>| -> Result<Vec<OutputRows>, Failure> {
-        range.clone().step_by(65_536).map(|from| {
-            Ok(OutputRows::Version(versions(from..range.end.min(from + 65_536), &dim)?))
-        }).collect()
+        range
+            .clone()
+            .step_by(65_536)
+            .map(|from| Ok(OutputRows::Version(versions(from..range.end.min(from + 65_536), &dim)?)))
+            .collect()
     };
     let parts = version_parts(0..1_000_000)?;
     let began = Instant::now();
@@ -250,7 +259,8 @@ async fn main() -> Result<(), Failure> {
     let rows = commit(&store, &dim, 2, OutputKind::Versions, parts).await?;
     report("1 M versions and 200000 closes over 1 M", rows, began);
     for step in 3..11 {
-        commit(&store, &dim, step, OutputKind::Versions, version_parts((step - 1) * 1_000_000..step * 1_000_000)?).await?;
+        commit(&store, &dim, step, OutputKind::Versions, version_parts((step - 1) * 1_000_000..step * 1_000_000)?)
+            .await?;
     }
     let mut parts = vec![OutputRows::Close(closes((0..3_000).map(|n| n * 333 + 1))?)];
     parts.extend(version_parts(11_000_000..11_003_000)?);

@@ -48,7 +48,8 @@ impl Database {
         let object = || format!("DuckDB file {}", path.display());
         let attach = || {
             let mut attached = root.prepare("select path from duckdb_databases() where database_name = ?")?;
-            let attached: Vec<Option<String>> = attached.query_map([name], |row| row.get(0))?.collect::<Result<_, _>>()?;
+            let attached: Vec<Option<String>> =
+                attached.query_map([name], |row| row.get(0))?.collect::<Result<_, _>>()?;
             if let Some(other) = attached.into_iter().next() {
                 return Ok(other);
             }

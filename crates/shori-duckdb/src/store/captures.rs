@@ -214,13 +214,7 @@ fn source_replaced(timeline: &str, stored: &str, given: &str) -> Error {
         .with_remedy("connect to the former source, or start with a new store")
 }
 
-fn create(
-    session: &Session,
-    timeline: &str,
-    identity: &str,
-    info: &CaptureInfo,
-    known: &[Capture],
-) -> Result<Capture> {
+fn create(session: &Session, timeline: &str, identity: &str, info: &CaptureInfo, known: &[Capture]) -> Result<Capture> {
     let staging_table = staging_table(info, known);
     let fields = info.schema.columns.fields().iter().map(|field| field.as_ref());
     session.batch(&layout::create_staging_table(&staging_table, fields)?, &staging_table)?;
@@ -299,13 +293,7 @@ pub(super) fn take_schema(session: &Session, capture: &Capture, next: &Arc<Table
 }
 
 /// A column that was dropped and comes back is another one: the former values move aside.
-fn add_column(
-    session: &Session,
-    table: &str,
-    columns: &mut Vec<String>,
-    name: &str,
-    duckdb_type: &str,
-) -> Result<()> {
+fn add_column(session: &Session, table: &str, columns: &mut Vec<String>, name: &str, duckdb_type: &str) -> Result<()> {
     let column = layout::staging_column(name);
     if let Some(index) = columns.iter().position(|known| known.eq_ignore_ascii_case(name)) {
         let aside = format!("{name}__dropped_{}", columns.len());
@@ -354,7 +342,11 @@ pub(super) fn request_snapshot(session: &Session, id: &CaptureId, retyped: bool)
         let progress = SnapshotProgress::requested(newest.unwrap_or(0) + 1);
         put_snapshot(session, id, &progress)?;
         let [source, instance] = id_values(id);
-        session.execute(SET_FAILED, &[Value::Null, Value::Boolean(retyped), time(now()), source, instance], CAPTURES)?;
+        session.execute(
+            SET_FAILED,
+            &[Value::Null, Value::Boolean(retyped), time(now()), source, instance],
+            CAPTURES,
+        )?;
         if retyped {
             let table = &capture.staging_table;
             session.batch(&format!("delete from {}", quote_name(table)), table)?;

@@ -10,8 +10,8 @@
 //!   of commits that is `i + max(commit_time_j - j)`. The kept image holds the last one in `boundary_time`, and reading
 //!   gives it as the commit time, so that the chain goes on from there.
 //! - **Snapshot images that changed nothing** leave the earlier image as the one that counts (its commit is what state
-//!   and histories name). They are kept beside it only while a snapshot that is not finished below the horizon needs to
-//!   know that it saw the key.
+//!   and histories name). The last one is kept beside it while a reader may come to the end of the snapshot, which removes
+//!   keys that it did not see.
 
 use shori_core::Result;
 use shori_core::position::{CaptureId, Position};
@@ -31,21 +31,16 @@ struct Pass<'a> {
     table: String,
     horizon: Position,
     keep_deletes: bool,
-    /// Snapshots whose end is at or below the horizon.
+    /// Snapshots that have ended since the former horizon: what they did not see goes.
     finished: Vec<SnapshotProgress>,
-    /// Where a snapshot began that has not ended below the horizon.
+    /// Where the first snapshot began whose end a reader of the log may still come to.
     pending: Option<Position>,
     has_masks: bool,
     /// Only keys with images above the former horizon need to be looked at.
     only_touched: bool,
 }
 
-pub(super) fn compact(
-    session: &Session,
-    id: &CaptureId,
-    horizon: &Position,
-    keep_deletes: bool,
-) -> Result<Compacted> {
+pub(super) fn compact(session: &Session, id: &CaptureId, horizon: &Position, keep_deletes: bool) -> Result<Compacted> {
     session.transaction("the log", |session| {
         let capture = captures::one(session, id)?;
         let table = quote_name(&capture.staging_table);
@@ -80,18 +75,21 @@ fn plan<'a>(
     keep_deletes: bool,
 ) -> Result<Pass<'a>> {
     let snapshots = captures::snapshots(session)?.remove(&capture.id).unwrap_or_default();
-    let is_finished = |progress: &SnapshotProgress| progress.is_done() && progress.end <= horizon;
-    let newest = snapshots.last();
-    let pending = newest.filter(|progress| !is_finished(progress) && progress.state != SnapshotState::Requested);
-    let newly_swept = snapshots.iter().any(|progress| is_finished(progress) && progress.end > capture.horizon);
+    let is_finished =
+        |progress: &SnapshotProgress| progress.is_done() && progress.end <= horizon && progress.end > capture.horizon;
+    let begun = snapshots.iter().filter(|progress| progress.state != SnapshotState::Requested);
+    let newest = begun.clone().next_back();
+    let to_come = begun.filter(|progress| progress.is_done() && progress.end > horizon);
+    let pending = newest.into_iter().chain(to_come).map(|progress| progress.start).min();
+    let swept = snapshots.iter().any(is_finished);
     let truncated = above("l", &capture.horizon);
     let truncated = has_rows(session, &table, &format!("l.op = 5 and {truncated} and {}", at_or_below("l", &horizon)))?;
     let masks = format!("l.unchanged_columns is not null and {}", at_or_below("l", &horizon));
     Ok(Pass {
-        pending: pending.map(|progress| progress.start),
+        pending,
         finished: snapshots.iter().filter(|progress| is_finished(progress)).cloned().collect(),
         has_masks: has_rows(session, &table, &masks)?,
-        only_touched: capture.horizon != Position::ZERO && !newly_swept && !truncated,
+        only_touched: capture.horizon != Position::ZERO && !swept && !truncated,
         capture,
         table,
         horizon,
@@ -106,7 +104,9 @@ impl Pass<'_> {
         session.batch(&format!("create or replace temp table {VERDICTS} as {}", self.verdicts()), VERDICTS)?;
         let matched = format!("from temp.{VERDICTS} as v where {table}.rowid = v.id and v.is_kept");
         session.execute(
-            &format!("update {table} set boundary_time = make_timestamp(v.boundary) {matched} and v.boundary is not null"),
+            &format!(
+                "update {table} set boundary_time = make_timestamp(v.boundary) {matched} and v.boundary is not null"
+            ),
             &[],
             table,
         )?;
@@ -161,7 +161,9 @@ impl Pass<'_> {
         let values: Vec<String> = (0..columns.len()).map(|index| format!("c{index}")).collect();
         let image = format!("row({})", values.join(", "));
         let kept_values: Vec<String> = if self.has_masks {
-            (0..columns.len()).map(|index| format!(", case when is_masked then c{index} end as c{index}, u{index}")).collect()
+            (0..columns.len())
+                .map(|index| format!(", case when is_masked then c{index} end as c{index}, u{index}"))
+                .collect()
         } else {
             Vec::new()
         };
@@ -194,15 +196,15 @@ impl Pass<'_> {
             ),
             bounded as (
                 select *, max(commit_number) over (partition by {by_key}, is_same)
-                    + max(at - commit_number) over (partition by {by_key}, is_same) as boundary_at,
+                    + max(commit_at - commit_number) over (partition by {by_key}, is_same) as boundary_at,
                     {is_swept} as is_swept
                 from numbered
             )
             select id, is_swept, is_masked,
-                case when not is_same and boundary_at <> at then boundary_at end as boundary,
+                case when not is_same and boundary_at <> commit_at then boundary_at end as boundary,
                 case when is_same then from_key_end = 1 and not is_swept and {is_pending}
                     else from_end = 1 and (not is_swept or {keep_swept}) end as is_kept{kept_values}
-            from (select id, lsn, seqval, op, at, is_masked, is_same, from_end, from_key_end, boundary_at, is_swept{carried}
+            from (select id, lsn, seqval, op, commit_at, is_masked, is_same, from_end, from_key_end, boundary_at, is_swept{carried}
                 from bounded)",
             images = self.images(),
             resolved = self.resolved(),
@@ -234,7 +236,7 @@ impl Pass<'_> {
     fn resolved(&self) -> String {
         let keys = self.key_columns();
         let mut select = String::from(
-            "select shori_id as id, lsn, seqval, op, epoch_us(coalesce(boundary_time, commit_time)) as at, \
+            "select shori_id as id, lsn, seqval, op, epoch_us(coalesce(boundary_time, commit_time)) as commit_at, \
              unchanged_columns is not null as is_masked",
         );
         for (index, key) in keys.iter().enumerate() {
@@ -281,7 +283,8 @@ impl Pass<'_> {
         let mut mask = Vec::new();
         for byte in 0..bytes.unwrap_or(0) {
             let bits = columns.iter().enumerate().filter(|(_, (place, _))| *place != usize::MAX && place / 8 == byte);
-            let bits = bits.map(|(index, (place, _))| format!("case when v.u{index} then {} else 0 end", 1 << (place % 8)));
+            let bits =
+                bits.map(|(index, (place, _))| format!("case when v.u{index} then {} else 0 end", 1 << (place % 8)));
             let sum = bits.fold(String::from("0"), |sum, bit| format!("{sum} + {bit}"));
             mask.push(format!("format('{{:02x}}', {sum})"));
         }

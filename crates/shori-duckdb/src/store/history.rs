@@ -11,6 +11,7 @@ use shori_core::projection::history;
 use shori_core::store::OutputKind;
 use shori_core::{Error, ErrorKind, Result};
 
+use super::layout;
 use super::output::{Step, create_temporary, load_rows};
 use super::session::{Session, blob_literal, now, text, time, time_type};
 use crate::database::quote_name;
@@ -46,14 +47,7 @@ impl Versions {
         let next_key = keys.first().copied().ok_or_else(|| {
             Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared")
         })?;
-        Ok(Self {
-            direct,
-            first_key: next_key,
-            next_key,
-            written_at: now(),
-            has_versions: false,
-            has_closes: false,
-        })
+        Ok(Self { direct, first_key: next_key, next_key, written_at: now(), has_versions: false, has_closes: false })
     }
 
     pub fn load(&mut self, session: &Session, step: &Step, rows: RecordBatch) -> Result<()> {
@@ -84,7 +78,8 @@ impl Versions {
         let count = rows.num_rows();
         let end = self.next_key + count as i64;
         let schema = rows.schema();
-        let mut fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+        let carried = |field: &Arc<Field>| field.as_ref().clone().with_name(layout::history_column(field.name()));
+        let mut fields: Vec<Field> = schema.fields().iter().map(carried).collect();
         let mut arrays: Vec<ArrayRef> = rows.columns().to_vec();
         fields.push(Field::new(history::SURROGATE_KEY, DataType::Int64, false));
         arrays.push(Arc::new(Int64Array::from_iter_values(self.next_key..end)));
@@ -147,11 +142,14 @@ impl Versions {
              and not exists (select 1 from temp.{VERSIONS} l where {same})"
         );
         rows += session.execute(&sql, &[], object)?;
-        let columns: Vec<String> = step.target.columns.fields().iter().map(|field| quote_name(field.name())).collect();
+        let names = || step.target.columns.fields().iter().map(|field| field.name());
+        let columns: Vec<String> = names().map(|name| quote_name(&layout::history_column(name))).collect();
         let columns = columns.join(", ");
+        let loaded: Vec<String> = names().map(|name| format!("l.{}", quote_name(name))).collect();
+        let loaded = loaded.join(", ");
         let sql = format!(
             "insert into {table} (surrogate_key, {columns}, batch_id, created_at, updated_at) \
-             select {next_key} - 1 + row_number() over (order by l.rowid), {columns}, ?, ?, ? \
+             select {next_key} - 1 + row_number() over (order by l.rowid), {loaded}, ?, ?, ? \
              from temp.{VERSIONS} as l where not exists (select 1 from {table} where {same})"
         );
         let values = [text(&step.run_id), time(self.written_at), time(self.written_at)];

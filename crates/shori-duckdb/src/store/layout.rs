@@ -8,6 +8,7 @@
 
 use arrow::datatypes::{DataType, Field};
 use shori_core::Result;
+use shori_core::projection::history;
 
 use crate::database::quote_name;
 use crate::types::duckdb_type;
@@ -121,10 +122,17 @@ pub(super) fn staging_column(name: &str) -> String {
     if taken { format!("{name}__source") } else { name.to_string() }
 }
 
+/// The column of a history that holds the carried column `name`: a source's `created_at` is not the store's own.
+pub(super) fn history_column(name: &str) -> String {
+    let own = [history::SURROGATE_KEY, history::BATCH_ID, history::CREATED_AT, history::UPDATED_AT];
+    if own.contains(&name.to_lowercase().as_str()) { format!("{name}__source") } else { name.to_string() }
+}
+
 /// `boundary_time` is where the key's history stood with this image, where compaction has found it later than
 /// `commit_time`; it continues the chain of history boundaries that the removed images began.
 pub(super) fn create_staging_table<'a>(table: &str, fields: impl Iterator<Item = &'a Field>) -> Result<String> {
-    let mut columns = vec!["lsn blob not null".to_string(), "seqval blob not null".into(), "op utinyint not null".into()];
+    let mut columns =
+        vec!["lsn blob not null".to_string(), "seqval blob not null".into(), "op utinyint not null".into()];
     for field in fields {
         columns.push(format!("{} {}", quote_name(&staging_column(field.name())), duckdb_type(field.data_type())?));
     }
@@ -155,5 +163,7 @@ mod tests {
         assert_eq!(staging_column("amount"), "amount");
         assert_eq!(staging_column("LSN"), "LSN__source");
         assert_eq!(staging_column("commit_time"), "commit_time__source");
+        assert_eq!(history_column("created_at"), "created_at__source");
+        assert_eq!(history_column("valid_from"), "valid_from");
     }
 }

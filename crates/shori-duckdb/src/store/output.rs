@@ -125,7 +125,9 @@ pub(super) async fn gather(reader: &mut dyn OutputReader) -> Result<Vec<OutputRo
 
 fn record_batch(part: &OutputRows) -> &RecordBatch {
     match part {
-        OutputRows::Upsert(rows) | OutputRows::Delete(rows) | OutputRows::Version(rows) | OutputRows::Close(rows) => rows,
+        OutputRows::Upsert(rows) | OutputRows::Delete(rows) | OutputRows::Version(rows) | OutputRows::Close(rows) => {
+            rows
+        }
     }
 }
 

@@ -65,7 +65,8 @@ mod tests {
     #[test]
     fn one_reading_statement_is_taken_and_nothing_else() {
         assert_eq!(reading_statement(" select 1 ;\n").unwrap(), "select 1");
-        for refused in ["", "drop table t", "select 1; drop table t", "select ';'", "copy t to 'f'", "(select 1)", ";;"] {
+        for refused in ["", "drop table t", "select 1; drop table t", "select ';'", "copy t to 'f'", "(select 1)", ";;"]
+        {
             assert!(reading_statement(refused).is_err(), "{refused}");
         }
     }

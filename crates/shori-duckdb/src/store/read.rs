@@ -94,7 +94,8 @@ fn scan(
 }
 
 fn select(capture: &Capture, after: &Position, up_to: &Position) -> String {
-    let mut columns = String::from("l.lsn, l.seqval, l.op, coalesce(l.boundary_time, l.commit_time), l.unchanged_columns");
+    let mut columns =
+        String::from("l.lsn, l.seqval, l.op, coalesce(l.boundary_time, l.commit_time), l.unchanged_columns");
     for field in capture.schema.columns.fields() {
         columns.push_str(", l.");
         columns.push_str(&quote_name(&layout::staging_column(field.name())));
@@ -108,9 +109,8 @@ fn select(capture: &Capture, after: &Position, up_to: &Position) -> String {
 }
 
 fn change_batch(capture: &Capture, rows: &RecordBatch) -> Result<ChangeBatch> {
-    let misfit = || {
-        Error::new(ErrorKind::Corrupt, "read", format!("the log of {}", capture.id), "a column is of another type")
-    };
+    let misfit =
+        || Error::new(ErrorKind::Corrupt, "read", format!("the log of {}", capture.id), "a column is of another type");
     let binary = |index: usize| rows.column(index).as_binary_opt::<i32>().cloned().ok_or_else(misfit);
     let mut columns: Vec<ArrayRef> = Vec::with_capacity(capture.schema.columns.fields().len());
     for (index, field) in capture.schema.columns.fields().iter().enumerate() {

@@ -96,7 +96,11 @@ pub(super) fn table_fields(target: &Target) -> Vec<Field> {
         TargetShape::Rows => carried().collect(),
         TargetShape::Versions => {
             let mut fields = vec![Field::new(history::SURROGATE_KEY, DataType::Int64, false)];
-            fields.extend(carried().filter(|field| field.name() != history::SOURCE_LSN));
+            let before_own = carried().filter(|field| field.name() != history::SOURCE_LSN);
+            fields.extend(before_own.map(|field| {
+                let name = layout::history_column(field.name());
+                field.with_name(name)
+            }));
             fields.push(Field::new(history::BATCH_ID, DataType::Utf8, false));
             fields.push(Field::new(history::CREATED_AT, time.clone(), false));
             fields.push(Field::new(history::UPDATED_AT, time, false));
@@ -116,8 +120,13 @@ fn shape_name(shape: &TargetShape) -> &'static str {
 pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
     let table = &*target.projection;
     if layout::is_reserved_table(table) {
-        return Err(Error::new(ErrorKind::Usage, "prepare", format!("target table {table}"), "the name is the store's own")
-            .with_remedy("give the projection another name"));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "prepare",
+            format!("target table {table}"),
+            "the name is the store's own",
+        )
+        .with_remedy("give the projection another name"));
     }
     session.transaction(table, |session| {
         let columns = session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))?;
@@ -206,8 +215,7 @@ pub(super) fn put_checkpoint(
     sources.dedup();
     for (id, position) in next {
         let [lsn, seq] = position_values(position);
-        let mut values =
-            vec![lsn, time(now()), seq, text(projection), text(&id.source), text(&id.instance)];
+        let mut values = vec![lsn, time(now()), seq, text(projection), text(&id.source), text(&id.instance)];
         if session.execute(UPDATE_CHECKPOINT, &values, CHECKPOINTS)? == 0 {
             let shown = if sources.len() > 1 { id.to_string() } else { id.instance.to_string() };
             values.push(text(&shown));

@@ -1,1 +1,6 @@
 mod store;
+mod store_compact;
+mod store_errors;
+mod store_log;
+mod store_output;
+mod transform_random;
