@@ -17,7 +17,7 @@ use crate::position::{CaptureId, Micros, Position};
 use crate::project::{Progress, ProjectRequest, ProjectSettings, Projector};
 use crate::projection::Projection;
 use crate::recent::Recent;
-use crate::retry::Backoff;
+use crate::retry::{Backoff, RetryPolicy};
 use crate::source::Source;
 use crate::store::{RunRecord, RunStatus, Store};
 use crate::transform::Transform;
@@ -158,7 +158,7 @@ struct Parts {
     projector: Projector,
     compactor: Compactor,
     events: Events,
-    ingest_retry: crate::retry::RetryPolicy,
+    ingest_retry: RetryPolicy,
 }
 
 impl Pipeline {
@@ -239,7 +239,8 @@ impl Prepared {
             metrics: "{}".into(),
         };
         let staging = pipeline.staging.clone();
-        if !pipeline.open_stores(&record, &handle.stop).await? {
+        let (events, retry) = (pipeline.events.clone(), pipeline.ingest_retry);
+        if !open_staging(&*staging, &record, &handle.stop, &events, retry).await? {
             return Ok(());
         }
         let (record, pipeline) = counting(record, pipeline);
@@ -288,31 +289,33 @@ fn counting(record: RunRecord, mut pipeline: Parts) -> (Arc<std::sync::Mutex<Run
     (record, pipeline)
 }
 
-impl Parts {
-    /// Waits for the staging store and opens the run record; false if stopped before.
-    async fn open_stores(&self, record: &RunRecord, stop: &CancellationToken) -> Result<bool> {
-        let mut backoff = Backoff::new(self.ingest_retry);
-        loop {
-            let opened = async {
-                self.staging.bootstrap().await?;
-                self.staging.start_run(record).await
-            };
-            match opened.await {
-                Ok(()) => return Ok(true),
-                Err(error) if error.response() == Response::Retry => {
-                    let after = backoff.failed();
-                    self.events.send(Event::Retrying {
-                        what: "the staging store".into(),
-                        reason: error.to_string(),
-                        after,
-                    });
-                    tokio::select! { biased; _ = stop.cancelled() => return Ok(false), _ = tokio::time::sleep(after) => {} }
-                }
-                Err(error) => return Err(error),
+/// Waits for the staging store and opens the run record; false if stopped before.
+async fn open_staging(
+    staging: &dyn Store,
+    record: &RunRecord,
+    stop: &CancellationToken,
+    events: &Events,
+    retry: RetryPolicy,
+) -> Result<bool> {
+    let mut backoff = Backoff::new(retry);
+    loop {
+        let opened = async {
+            staging.bootstrap().await?;
+            staging.start_run(record).await
+        };
+        match opened.await {
+            Ok(()) => return Ok(true),
+            Err(error) if error.response() == Response::Retry => {
+                let after = backoff.failed();
+                events.send(Event::Retrying { what: "the staging store".into(), reason: error.to_string(), after });
+                tokio::select! { biased; _ = stop.cancelled() => return Ok(false), _ = tokio::time::sleep(after) => {} }
             }
+            Err(error) => return Err(error),
         }
     }
+}
 
+impl Parts {
     /// Runs all parts side by side. An error that stops the pipeline stops every part at its next safe place.
     async fn supervise(self, handle: &Handle) -> Result<()> {
         // Parts are stopped by a child, so that a failure is not taken for a wish of the user.

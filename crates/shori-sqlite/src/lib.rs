@@ -8,8 +8,9 @@
 //!   that of its statement, in whole milliseconds: SQLite's clock has no more. Rolled back changes never appear.
 //! - A trigger records what the table holds after it, not what the statement asked for, so that other triggers on the
 //!   table may change it too, in any order. Two things cannot be seen: a row that `OR REPLACE` evicts when another
-//!   trigger, itself run *before* the same statement, has just put it into the same table; and the rest of a statement
-//!   that another trigger ends with `raise(ignore)` *after* the row was written.
+//!   trigger, itself run *before* the same statement, has just put it into the same table; and a row that was written when
+//!   another trigger, run *after* it, ends the statement but lets the row stand: by `raise(ignore)`, `raise(fail)`, or a
+//!   constraint of its own that fails under `OR FAIL`.
 //! - One process captures a file at a time: the change table has one reader.
 //!
 //! # Layout

@@ -112,13 +112,10 @@ pub fn sqlite_config(loaded: &Loaded, source: &SourceConfig) -> SqliteConfig {
         columns: table.columns.clone(),
     };
     SqliteConfig {
-        path: loaded.resolve(&source.path),
-        source_name: source.name.clone(),
-        tables: source.tables.iter().map(table).collect(),
         busy_timeout: Duration::from_millis(source.busy_timeout_ms),
         snapshot_chunk_rows: source.snapshot_chunk_rows,
         keep_changes: Duration::from_secs(source.keep_changes_seconds),
-        inline: false,
+        ..SqliteConfig::new(loaded.resolve(&source.path), &source.name, source.tables.iter().map(table).collect())
     }
 }
 

@@ -125,8 +125,7 @@ impl Server {
             Request::Query { store, sql } => {
                 let unknown = || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
                 let store = self.stores.get(&store).ok_or_else(unknown)?.clone();
-                let run = tokio::task::spawn_blocking(move || encode(&store.query(&sql)?));
-                bytes = run.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "a query", cause))??;
+                bytes = encode(&store.query(&sql).await?)?;
                 answer.bytes = bytes.len();
             }
             Request::Rebuild { projection } => self.handle.rebuild(&projection).await?,

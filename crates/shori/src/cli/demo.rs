@@ -182,19 +182,20 @@ impl Demo {
         let generated = tokio::task::spawn_blocking(work).await;
         let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;
         let end = shori_sqlite::log_end(&assemble::sqlite_config(loaded, source))?;
-        projected(handle, end).await?;
+        projected(handle, end, loaded.config.projections.len()).await?;
         Ok((generated, begun.elapsed().as_secs_f64()))
     }
 }
 
 /// Returns when every projection shows everything up to `end`, or when the pipeline ends.
-async fn projected(handle: &Handle, end: Position) -> Result<()> {
+async fn projected(handle: &Handle, end: Position, projections: usize) -> Result<()> {
     let shown = |progress: &Progress| {
         let reached = |checkpoint: &Option<_>| {
             let checkpoint: Option<&shori_core::position::Positions> = checkpoint.as_ref();
             checkpoint.is_some_and(|checkpoint| checkpoint.values().all(|at| at.lsn >= end.lsn))
         };
-        !progress.failed.is_empty() || progress.checkpoints.values().all(reached)
+        let known = progress.checkpoints.len() >= projections;
+        !progress.failed.is_empty() || (known && progress.checkpoints.values().all(reached))
     };
     let mut progress = handle.progress.clone();
     tokio::select! {

@@ -38,7 +38,7 @@ impl Reach {
             Reach::Running(client) => client.query(name, sql),
             Reach::Files(opened) => {
                 let store: &Arc<DuckdbStore> = opened.stores.get(name).unwrap_or(&opened.staging);
-                store.query(sql)
+                super::block_on(store.query(sql))
             }
         }
     }

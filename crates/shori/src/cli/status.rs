@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use shori_core::Result;
 use shori_core::pipeline::now;
+use shori_core::position::{Position, SortKey};
 
 use super::Which;
 use super::reach::Reach;
@@ -140,7 +141,8 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
 fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> Option<u64> {
     let source = loaded.config.sources.iter().find(|configured| Some(configured.name.as_str()) == source)?;
     let watermark = u64::from_str_radix(lsn.filter(|lsn| !lsn.is_empty()).unwrap_or("0"), 16).ok()?;
-    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, source), watermark) {
+    let watermark = Position::new(SortKey::from_u64(watermark), SortKey::MAX);
+    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, source), &watermark) {
         Ok(count) => Some(count),
         Err(error) => {
             tracing::warn!(%error, "the source's backlog is not known");

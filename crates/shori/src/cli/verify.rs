@@ -1,6 +1,7 @@
 //! `shori verify`
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use clap::Args;
@@ -39,6 +40,9 @@ impl Verify {
     }
 }
 
+/// How long a running pipeline is given to show what the source holds.
+const CATCH_UP: Duration = Duration::from_secs(60);
+
 /// Reads what is served through the pipeline's process, or from its files.
 struct Served<'a> {
     loaded: &'a Loaded,
@@ -52,11 +56,12 @@ impl Serving for Served<'_> {
 }
 
 pub fn verify(loaded: &Loaded) -> Result<Report> {
-    let input = input(loaded)?;
-    check::verify(&input, &mut Served { loaded, reach: Reach::new(loaded)? })
+    let reach = Reach::new(loaded)?;
+    let input = input(loaded, reach.is_running())?;
+    check::verify(&input, &mut Served { loaded, reach })
 }
 
-fn input(loaded: &Loaded) -> Result<VerifyInput> {
+fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
     let none = || loaded.wrong("source", "there is none to verify against");
     let source = loaded.config.sources.first().ok_or_else(none)?;
     let inspected = shori_sqlite::inspect(&assemble::sqlite_config(loaded, source))?;
@@ -76,6 +81,7 @@ fn input(loaded: &Loaded) -> Result<VerifyInput> {
         scratch_directory: Some(state_directory),
         memory_limit_mib: loaded.config.memory.limit_mib,
         threads: loaded.config.memory.threads,
+        catch_up: if running { CATCH_UP } else { Duration::ZERO },
     })
 }
 

@@ -71,7 +71,8 @@ impl View {
         while !self.handle.stop.is_cancelled() {
             self.sample();
             // The table is not there yet at the very start.
-            let kpi = self.store.query(NEWEST_KPI).map(|batches| rows(&batches)).unwrap_or_default();
+            let newest = tokio::runtime::Handle::current().block_on(self.store.query(NEWEST_KPI));
+            let kpi = newest.map(|batches| rows(&batches)).unwrap_or_default();
             terminal.draw(|frame| self.draw(frame, &kpi)).map_err(drawing)?;
             if event::poll(EVERY).map_err(drawing)?
                 && let Event::Key(key) = event::read().map_err(drawing)?
