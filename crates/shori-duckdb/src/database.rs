@@ -54,7 +54,8 @@ impl Database {
                 return Ok(other);
             }
             let path = quote_text(&path.display().to_string());
-            root.execute_batch(&format!("attach {path} as {}", quote_name(name)))?;
+            // The type is said, lest a file of another kind is taken for one that an extension reads.
+            root.execute_batch(&format!("attach {path} as {} (type duckdb)", quote_name(name)))?;
             Ok(None)
         };
         match attach().map_err(|cause| duckdb_error("open", object(), cause))? {
@@ -138,7 +139,11 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     } else {
         (ErrorKind::Refused, None)
     };
-    let error = Error::new(kind, operation, object, cause);
+    let error = match cause {
+        // Beside the message there is only a code, which is the same for every failure.
+        duckdb::Error::DuckDBFailure(_, Some(message)) => Error::new(kind, operation, object, message.trim()),
+        other => Error::new(kind, operation, object, other),
+    };
     match remedy {
         Some(remedy) => error.with_remedy(remedy),
         None => error,

@@ -158,7 +158,7 @@ async fn merges_and_replacements_leave_what_a_map_would_hold() {
             } else {
                 let keys: Vec<Key> = (0..random.random_range(0..5)).map(|_| key(&mut random)).collect();
                 let keys: Vec<Key> = keys.into_iter().filter(|key| !next.contains_key(key)).collect();
-                keys.iter().for_each(|key| drop(model.remove(key)));
+                model.retain(|key, _| !keys.contains(key));
                 model.extend(next.clone());
                 parts.push(OutputRows::Delete(deletes(&keys)));
                 OutputKind::Merge
