@@ -3,6 +3,7 @@
 //! Exit status 0: done; 1: failed; 2: the command line or the configuration is wrong. Errors go to stderr as one line
 //! that names the object, the cause and the remedy; what a verb prints for programs (`--json`) goes to stdout alone.
 
+mod bench;
 mod check;
 mod compact;
 mod demo;
@@ -59,6 +60,8 @@ enum Verb {
     Verify(verify::Verify),
     /// Bring the log down to what is still needed
     Compact(compact::Compact),
+    /// Measure against targets and floors
+    Bench(bench::Bench),
     /// Run a query over a store, also while the pipeline runs
     Query(query::Query),
     /// Print a completion script for a shell
@@ -122,6 +125,7 @@ fn act(verb: Verb) -> Result<ExitCode> {
         Verb::Resnapshot(verb) => verb.act(),
         Verb::Verify(verb) => verb.act(),
         Verb::Compact(verb) => verb.act(),
+        Verb::Bench(verb) => verb.act(),
         Verb::Query(verb) => verb.act(),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "shori", &mut std::io::stdout());

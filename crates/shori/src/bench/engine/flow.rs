@@ -1,0 +1,158 @@
+//! The whole demo pipeline over the large state, while the generator, a process of its own, writes at a given rate.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Deserialize;
+use shori_core::event::{Event, Events};
+use shori_core::pipeline::Handle;
+use shori_core::position::Position;
+use shori_core::project::Progress;
+use shori_core::{Error, ErrorKind, Result};
+
+use crate::assemble;
+use crate::bench::Place;
+use crate::config::Loaded;
+use crate::freshness::{Freshness, Percentiles};
+
+use super::world::World;
+
+/// Changes per second.
+pub(super) const RATE: u64 = 5_000;
+/// A pipeline that is so far behind when the generator ends does not keep up.
+const CATCH_UP_MAX: Duration = Duration::from_secs(120);
+
+/// What a run under load brought.
+#[derive(Debug)]
+pub(super) struct Flow {
+    pub freshness: Percentiles,
+    pub projected: u64,
+    pub generated: u64,
+    /// Seconds by which the generator missed its rate.
+    pub late_seconds: f64,
+    /// Seconds from the generator's end until all was projected; `None` if that took too long.
+    pub caught_up_seconds: Option<f64>,
+    /// Time spent, by what was done: `advance`, then one per projection.
+    pub busy_seconds: Vec<(String, f64)>,
+}
+
+/// What `shori generate --json` prints, as far as it matters here.
+#[derive(Deserialize)]
+struct Generated {
+    changes: u64,
+    late_seconds: f64,
+}
+
+/// Measures for `measured` after `warm_up`.
+pub(super) async fn run(place: &Place, warm_up: Duration, measured: Duration) -> Result<Flow> {
+    let loaded = World::loaded(place)?;
+    let opened = assemble::open(&loaded)?;
+    let watch = Arc::new(Watch {
+        warm: AtomicBool::new(false),
+        freshness: Freshness::new(loaded.config.projections.len()),
+        busy: Mutex::default(),
+    });
+    let watching = watch.clone();
+    let events = Events::new(move |event| watching.listen(event));
+    let prepared = assemble::pipeline(&loaded, &opened, false, events)?.prepare();
+    let handle = prepared.handle();
+    let running = tokio::spawn(prepared.run());
+    let driven = drive(&loaded, &handle, &watch, warm_up, measured).await;
+    handle.stop.cancel();
+    let ran = running.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "the pipeline", cause))?;
+    ran.and(driven)
+}
+
+async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duration, measured: Duration) -> Result<Flow> {
+    handle.ready().await?;
+    let changes = (RATE as f64 * (warm_up + measured).as_secs_f64()) as u64;
+    let generator = generate(&loaded.base, changes)?;
+    tokio::time::sleep(warm_up).await;
+    watch.warm.store(true, Ordering::Relaxed);
+    let generated = tokio::task::spawn_blocking(move || finished(generator)).await;
+    let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;
+    let ended = tokio::time::Instant::now();
+    let end = shori_sqlite::log_end(&assemble::sqlite_config(loaded, &loaded.config.sources[0]))?;
+    let caught_up = tokio::time::timeout(CATCH_UP_MAX, projected(handle, end)).await;
+    let caught_up_seconds = match caught_up {
+        Ok(shown) => shown.map(|()| Some(ended.elapsed().as_secs_f64()))?,
+        Err(_) => None,
+    };
+    let busy = watch.busy.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(Flow {
+        freshness: watch.freshness.percentiles(),
+        projected: watch.freshness.projected(),
+        generated: generated.changes,
+        late_seconds: generated.late_seconds,
+        caught_up_seconds,
+        busy_seconds: busy.iter().map(|(name, took)| (name.clone(), took.as_secs_f64())).collect(),
+    })
+}
+
+/// Listens from the end of the warm-up on.
+struct Watch {
+    warm: AtomicBool,
+    freshness: Freshness,
+    busy: Mutex<std::collections::BTreeMap<String, Duration>>,
+}
+
+impl Watch {
+    fn listen(&self, event: &Event) {
+        if let Event::ProjectionFailed { projection, reason } = event {
+            eprintln!("  {projection}: {reason}");
+        }
+        if !self.warm.load(Ordering::Relaxed) {
+            return;
+        }
+        self.freshness.listen(event);
+        let (name, took) = match event {
+            Event::Appended { took, .. } => ("append".to_string(), *took),
+            Event::Advanced { took, .. } => ("advance".to_string(), *took),
+            Event::Projected { projection, took, .. } => (projection.to_string(), *took),
+            _ => return,
+        };
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        *busy.entry(name).or_default() += took;
+    }
+}
+
+fn generate(directory: &Path, changes: u64) -> Result<Child> {
+    let fail = |cause| Error::new(ErrorKind::Refused, "start", "the generator", cause);
+    let program = std::env::current_exe().map_err(fail)?;
+    let (rate, changes) = (RATE.to_string(), changes.to_string());
+    Command::new(program)
+        .args(["generate", "--json", "--rate", &rate, "--changes", &changes, "--dir"])
+        .arg(directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(fail)
+}
+
+fn finished(generator: Child) -> Result<Generated> {
+    let fail =
+        |cause: Box<dyn std::error::Error + Send + Sync>| Error::new(ErrorKind::Refused, "run", "the generator", cause);
+    let output = generator.wait_with_output().map_err(|cause| fail(cause.into()))?;
+    if !output.status.success() {
+        return Err(fail(format!("it ended with {}", output.status).into()));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|cause| fail(cause.into()))
+}
+
+/// Returns when every projection shows everything up to `end`, or when the pipeline ends.
+async fn projected(handle: &Handle, end: Position) -> Result<()> {
+    let shown = |progress: &Progress| {
+        let mut checkpoints = progress.checkpoints.values();
+        checkpoints.all(|checkpoint| checkpoint.as_ref().is_some_and(|at| at.values().all(|at| at.lsn >= end.lsn)))
+    };
+    let mut progress = handle.progress.clone();
+    tokio::select! {
+        biased;
+        _ = handle.stop.cancelled() => Ok(()),
+        // When the pipeline has ended by itself, its own error tells why.
+        _ = progress.wait_for(shown) => Ok(()),
+    }
+}

@@ -1,0 +1,45 @@
+//! Steps of a benchmark in processes of their own: this program, started again with a hidden option.
+
+use std::process::{Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+use shori_core::{Error, ErrorKind, Result};
+
+use super::machine::peak_resident_mb;
+use super::{Measured, Place};
+
+/// What a task's process prints as its only line.
+#[derive(Serialize, Deserialize)]
+struct Answer {
+    measured: Measured,
+    peak_resident_mb: f64,
+}
+
+/// The part that tells the peak resident memory of a task's process.
+pub const PEAK_RESIDENT_MB: &str = "peak_resident_mb";
+
+/// Prints what this process measured, with its peak memory.
+pub fn answer(measured: &Measured) -> Result<()> {
+    let answer = Answer { measured: measured.clone(), peak_resident_mb: peak_resident_mb() };
+    crate::cli::print_json(&answer)
+}
+
+/// Runs a task and waits for it. What it measured has its peak memory among its parts.
+pub fn run(place: &Place, suite: &str, name: &str) -> Result<Measured> {
+    eprintln!("{name} ...");
+    let fail = |cause: String| Error::new(ErrorKind::Refused, "run", format!("benchmark task {name}"), cause);
+    let program = std::env::current_exe().map_err(|cause| fail(cause.to_string()))?;
+    let scale = place.scale.to_string();
+    let output = Command::new(program)
+        .args(["bench", suite, "--task", name, "--scale", &scale, "--work"])
+        .arg(&place.work)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|cause| fail(cause.to_string()))?;
+    if !output.status.success() {
+        return Err(fail(format!("it ended with {}", output.status)));
+    }
+    let answer: Answer = serde_json::from_slice(&output.stdout).map_err(|cause| fail(cause.to_string()))?;
+    Ok(answer.measured.part(PEAK_RESIDENT_MB, answer.peak_resident_mb))
+}
