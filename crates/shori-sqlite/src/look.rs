@@ -44,5 +44,5 @@ pub fn log_end(config: &SqliteConfig) -> Result<Position> {
 pub fn changes_above(config: &SqliteConfig, position: &Position) -> Result<u64> {
     let read_to = positions::change_at(position)?;
     let newest = positions::change_at(&log_end(config)?)?;
-    Ok(newest.saturating_sub(read_to).unsigned_abs())
+    Ok(newest.saturating_sub(read_to).max(0).unsigned_abs())
 }

@@ -8,7 +8,8 @@
 //! its place. A row of another key can only be evicted through another unique index (or a collation under which two
 //! spellings of the key are one, or the hidden rowid). Tables that have one get BEFORE triggers, which set aside every
 //! row that the new one conflicts with; the AFTER trigger logs those that are gone as deleted, first. Rows set aside by a
-//! statement that evicted nothing (ignored, or an upsert) still stand in the table, which is how they are told apart.
+//! statement that evicted nothing (ignored, or an upsert) still stand in the table, which is how they are told apart. The
+//! newest few of those are kept: a trigger of the user's may write to the table between our BEFORE and the eviction.
 //!
 //! The tables written here have no constraint that could fail: inside triggers, the conflict clause of the user's
 //! statement would decide what happens then.
@@ -43,6 +44,10 @@ pub(crate) fn trigger_name(number: i64, suffix: &str) -> String {
 /// Microseconds since 1970 of the running statement, as far as SQLite's clock goes: whole milliseconds.
 pub(crate) const NOW: &str = "cast(round((julianday('now') - 2440587.5) * 86400000.0) as integer) * 1000";
 
+/// Rows kept aside though they still stand in a table: as many as statements that are under way may yet evict, beside
+/// their own.
+const SET_ASIDE_MAX: u32 = 16;
+
 struct Writer<'a> {
     table: &'a Table,
     number: i64,
@@ -71,9 +76,13 @@ impl Writer<'_> {
         let (number, table, slots) = (self.number, self.table.quoted(), self.slot_names(""));
         let values = self.values(&table);
         let conflict = self.conflict.as_deref().unwrap_or("false");
-        let still_there = self.exists(&self.slot_key("_shori_evicted"));
+        let key = self.slot_key("_shori_evicted");
+        let (same_key, still_there) = (self.key_equals(&table, &key), self.exists(&key));
         format!(
-            "delete from _shori_evicted where capture = {number} and {still_there};\n\
+            "delete from _shori_evicted where capture = {number} and {still_there}\n\
+             \x20 and rowid <= (select max(rowid) from _shori_evicted) - {SET_ASIDE_MAX};\n\
+             delete from _shori_evicted where capture = {number}\n\
+             \x20 and exists (select 1 from {table} where {same_key} and ({conflict}));\n\
              insert into _shori_evicted (capture{slots}) select {number}{values} from {table}\n\
              \x20 where ({conflict}) and {which}{};\n",
             self.key_not_null(&table)
@@ -89,7 +98,7 @@ impl Writer<'_> {
         format!(
             "insert into _shori_changes (capture, op, at_us{slots}) select {number}, 1, {NOW}{values}\n\
              \x20 from _shori_evicted where capture = {number} and not {still_there};\n\
-             delete from _shori_evicted where capture = {number};\n"
+             delete from _shori_evicted where capture = {number} and not {still_there};\n"
         )
     }
 
@@ -106,7 +115,8 @@ impl Writer<'_> {
             .collect::<Vec<_>>()
             .join(" or ");
         format!(
-            "{}{}{}",
+            "{}{}{}{}",
+            self.forget(),
             self.log_evicted(),
             self.log_gone(3, &format!("({key_changed}) and ")),
             self.log_row(4)
@@ -114,21 +124,20 @@ impl Writer<'_> {
     }
 
     fn after_delete(&self) -> String {
-        let forget = match self.conflict {
-            // With recursive_triggers on, evicted rows do fire this trigger.
-            Some(_) => format!(
-                "delete from _shori_evicted where capture = {} and {};\n",
-                self.number,
-                self.slot_key("_shori_evicted")
-                    .iter()
-                    .zip(&self.table.key)
-                    .map(|(slot, key)| format!("{slot} is {}", self.column("old", key.column)))
-                    .collect::<Vec<_>>()
-                    .join(" and ")
-            ),
-            None => String::new(),
-        };
-        format!("{forget}{}", self.log_gone(1, ""))
+        format!("{}{}", self.forget(), self.log_gone(1, ""))
+    }
+
+    /// The row `old` is not evicted but logged otherwise. (With recursive_triggers on, evicted rows do fire the DELETE
+    /// trigger.)
+    fn forget(&self) -> String {
+        if self.conflict.is_none() {
+            return String::new();
+        }
+        let key = self.slot_key("_shori_evicted");
+        let same = key.iter().zip(&self.table.key);
+        let same: Vec<String> =
+            same.map(|(slot, key)| format!("{slot} is {}", self.column("old", key.column))).collect();
+        format!("delete from _shori_evicted where capture = {} and {};\n", self.number, same.join(" and "))
     }
 
     /// Logs the row that the table now holds under the key of `new`; one without a key as `new` has it.
