@@ -73,10 +73,9 @@ fn file_metadata(path: &Path) -> Result<Metadata> {
     match std::fs::metadata(path) {
         Ok(metadata) if metadata.is_dir() => Err(usage("it is a directory".into(), "give the path of the file")),
         Ok(metadata) => Ok(metadata),
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Err(usage(
-            "it does not exist".into(),
-            "correct the path, or create a sample with shori init --sample",
-        )),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => {
+            Err(usage("it does not exist".into(), "correct the path, or create a sample with shori init --sample"))
+        }
         Err(cause) => Err(usage(cause.to_string(), "let this user read and write the file and its directory")),
     }
 }

@@ -79,9 +79,8 @@ pub(crate) fn start(
     config: &SqliteConfig,
     resume: &BTreeMap<CaptureId, Resume>,
 ) -> Result<(Started, Cursor)> {
-    let read_anew = |id: &CaptureId| {
-        resume.get(id).is_none_or(|resume| resume.snapshot.state == SnapshotState::Requested)
-    };
+    let read_anew =
+        |id: &CaptureId| resume.get(id).is_none_or(|resume| resume.snapshot.state == SnapshotState::Requested);
     let all = config.tables.iter().map(|table| table.name.clone());
     let accept: BTreeSet<String> = all.filter(|name| read_anew(&CaptureId::new(&config.source_name, name))).collect();
     let applied = install::apply(database, config, &accept)?;

@@ -105,8 +105,7 @@ pub fn release(path: &Path, table: &str) -> Result<()> {
     let config = SqliteConfig::new(path, "", Vec::new());
     let mut database = Database::open(path, config.busy_timeout)?;
     let fail = database.fail("release a table of");
-    let transaction =
-        database.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&fail)?;
+    let transaction = database.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&fail)?;
     let captured = has_layout(&transaction).map_err(&fail)?;
     let stored = if captured { Stored::of_table(&transaction, table)? } else { None };
     let stored = stored.ok_or_else(|| {
@@ -211,9 +210,8 @@ struct Plan {
 }
 
 fn plan(connection: &Connection, config: &SqliteConfig, accept: &BTreeSet<String>) -> Result<Plan> {
-    let fail = |cause| {
-        crate::connection::sqlite_error("read capture of", crate::connection::file_name(&config.path), cause)
-    };
+    let fail =
+        |cause| crate::connection::sqlite_error("read capture of", crate::connection::file_name(&config.path), cause);
     let (identity, layout) = connection
         .query_row("select identity, layout from _shori_source", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
         .map_err(fail)?;
@@ -390,9 +388,8 @@ struct Trigger {
 
 fn triggers_of(connection: &Connection, number: i64) -> rusqlite::Result<Vec<Trigger>> {
     let mut statement = connection.prepare(TRIGGERS_OF)?;
-    let rows = statement.query_map([number], |row| {
-        Ok(Trigger { name: row.get(0)?, table: row.get(1)?, sql: row.get(2)? })
-    })?;
+    let rows =
+        statement.query_map([number], |row| Ok(Trigger { name: row.get(0)?, table: row.get(1)?, sql: row.get(2)? }))?;
     rows.collect()
 }
 

@@ -31,9 +31,8 @@ pub(crate) fn of_chunk_end(id: i64, chunk: u32) -> Result<Position> {
 
 /// The newest change at or below `position`.
 pub(crate) fn change_at(position: &Position) -> Result<i64> {
-    let misfit = || {
-        Error::new(ErrorKind::Corrupt, "decode", format!("position {position}"), "it is not of a SQLite source")
-    };
+    let misfit =
+        || Error::new(ErrorKind::Corrupt, "decode", format!("position {position}"), "it is not of a SQLite source");
     let id = position.lsn.to_u64().and_then(|id| i64::try_from(id).ok()).ok_or_else(misfit)?;
     Ok(if position.seq.is_empty() { (id - 1).max(0) } else { id })
 }

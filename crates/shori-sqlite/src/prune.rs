@@ -36,7 +36,12 @@ where pruned.capture = number and pruned.id > pruned_to
 
 /// Deletes change rows at or below `acknowledged` that are older than `keep`. Returns their number. When another
 /// connection writes, the rest waits for the next time.
-pub(crate) fn prune(database: &mut Database, acknowledged: i64, keep: Duration, busy_timeout: Duration) -> Result<usize> {
+pub(crate) fn prune(
+    database: &mut Database,
+    acknowledged: i64,
+    keep: Duration,
+    busy_timeout: Duration,
+) -> Result<usize> {
     let fail = database.fail("prune changes of");
     database.connection.busy_timeout(Duration::ZERO).map_err(&fail)?;
     let pruned = delete(database, acknowledged, keep);

@@ -94,9 +94,8 @@ impl Reader<'_> {
         let layout = &self.capture.layout;
         let table = &layout.table;
         let nullable = table.key.iter().filter(|key| key.nullable);
-        let null: Vec<String> = nullable
-            .map(|key| format!("{} is null", quote_name(&table.columns[key.column].name)))
-            .collect();
+        let null: Vec<String> =
+            nullable.map(|key| format!("{} is null", quote_name(&table.columns[key.column].name))).collect();
         if null.is_empty() {
             return Ok(());
         }

@@ -89,9 +89,8 @@ impl Source for SqliteSource {
     }
 
     async fn next(&mut self, limit: BatchLimit) -> Result<SourceBatch> {
-        let step = move |database: &mut Database, config: &SqliteConfig, cursor| {
-            stream::step(database, config, cursor, limit)
-        };
+        let step =
+            move |database: &mut Database, config: &SqliteConfig, cursor| stream::step(database, config, cursor, limit);
         let (batch, cursor) = self.run_open(step).await?;
         if let Some(open) = &mut self.open {
             open.cursor = cursor;

@@ -259,9 +259,7 @@ impl Changes {
 
     fn query(&self) -> String {
         let slots: String = (0..self.slots).map(|slot| format!(", v{slot}")).collect();
-        format!(
-            "select id, capture, op, at_us{slots} from _shori_changes where id > ?1 and id <= ?2 order by id"
-        )
+        format!("select id, capture, op, at_us{slots} from _shori_changes where id > ?1 and id <= ?2 order by id")
     }
 
     fn push(
@@ -272,7 +270,9 @@ impl Changes {
         batch: &mut SourceBatch,
     ) -> rusqlite::Result<Result<()>> {
         let number: i64 = row.get(1)?;
-        let Some(index) = self.by_number.get(number.unsigned_abs() as usize).copied().flatten() else { return Ok(Ok(())) };
+        let Some(index) = self.by_number.get(number.unsigned_abs() as usize).copied().flatten() else {
+            return Ok(Ok(()));
+        };
         let capture = &mut cursor.captures[index];
         if id <= capture.after {
             return Ok(Ok(()));

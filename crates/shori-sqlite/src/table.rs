@@ -170,9 +170,8 @@ fn columns(connection: &Connection, table: &str) -> rusqlite::Result<(Vec<Column
 fn indexes(connection: &Connection, table: &str) -> rusqlite::Result<Vec<Index>> {
     let query = "select name, origin, partial from pragma_index_list(?1) where \"unique\" order by name";
     let mut statement = connection.prepare(query)?;
-    let rows = statement.query_map([table], |row| {
-        Ok(Index { name: row.get(0)?, origin: row.get(1)?, partial: row.get(2)? })
-    })?;
+    let rows = statement
+        .query_map([table], |row| Ok(Index { name: row.get(0)?, origin: row.get(1)?, partial: row.get(2)? }))?;
     rows.collect()
 }
 
@@ -182,7 +181,8 @@ fn unique(connection: &Connection, table: &str, index: &Index, columns: &[Column
     let read = || -> rusqlite::Result<(Vec<(Option<String>, String)>, Option<String>)> {
         let mut statement =
             connection.prepare("select name, coll from pragma_index_xinfo(?1) where key order by seqno")?;
-        let terms = statement.query_map([&index.name], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
+        let terms =
+            statement.query_map([&index.name], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<Result<_, _>>()?;
         let query = "select sql from sqlite_schema where type = 'index' and name = ?1";
         Ok((terms, connection.query_row(query, [&index.name], |row| row.get(0)).optional()?.flatten()))
     };
@@ -238,7 +238,10 @@ fn check_defaults(table: &str, columns: &[Column], uniques: &[Unique]) -> Result
             TermValue::Expression(_) => true,
         })
     };
-    match columns.iter().enumerate().find(|(at, column)| column.default_for_null.as_ref().is_some_and(changes) && uses(*at))
+    match columns
+        .iter()
+        .enumerate()
+        .find(|(at, column)| column.default_for_null.as_ref().is_some_and(changes) && uses(*at))
     {
         Some((_, column)) => Err(refused(table, format!("column {} is unique and has a random default", column.name))
             .with_remedy("drop the default, or the unique index")),

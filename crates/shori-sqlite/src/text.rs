@@ -129,9 +129,7 @@ fn offset(text: &[u8]) -> Result<i64, Misfit> {
 }
 
 fn time_of_day(text: &[u8], misfit: Misfit) -> Result<(i64, &[u8]), Misfit> {
-    let part = |at: usize, most: u32| {
-        text.get(at..at + 2).and_then(two).filter(|number| *number <= most).ok_or(misfit)
-    };
+    let part = |at: usize, most: u32| text.get(at..at + 2).and_then(two).filter(|number| *number <= most).ok_or(misfit);
     if text.get(2) != Some(&b':') {
         return Err(misfit);
     }

@@ -147,8 +147,7 @@ impl Writer<'_> {
         let same_key = self.same_key(&table, "new");
         let mut text = format!("{into}{} from {table} where {same_key};\n", self.values(&table));
         let nullable = self.table.key.iter().filter(|key| key.nullable);
-        let null: Vec<String> =
-            nullable.map(|key| format!("{} is null", self.column("new", key.column))).collect();
+        let null: Vec<String> = nullable.map(|key| format!("{} is null", self.column("new", key.column))).collect();
         if !null.is_empty() {
             text.push_str(&format!("{into}{} where {};\n", self.values("new"), null.join(" or ")));
         }

@@ -29,7 +29,8 @@ fn ops(expected: &[(Op, &str)]) -> Vec<(Op, String)> {
 fn each_statement_logs_its_images() {
     let fixture = Fixture::new("create table t (id integer primary key, v text);", vec![SqliteTable::new("t")]);
     let mut reader = following(&fixture);
-    fixture.run("insert into t values (1, 'a'), (2, 'b'); update t set v = 'c' where id = 1; delete from t where id = 2;");
+    fixture
+        .run("insert into t values (1, 'a'), (2, 'b'); update t set v = 'c' where id = 1; delete from t where id = 2;");
     let expected = [(Op::Insert, "1"), (Op::Insert, "2"), (Op::UpdateAfter, "1"), (Op::Delete, "2")];
     assert_eq!(logged(&mut reader), ops(&expected));
     fixture.run("update t set id = 9;");

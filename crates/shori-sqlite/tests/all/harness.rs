@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arrow::array::{ArrayRef, AsArray};
+use arrow::datatypes::TimestampMicrosecondType;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use rusqlite::Connection;
 use rusqlite::types::ValueRef;
@@ -244,11 +246,19 @@ impl Reader {
     }
 }
 
+/// Arrow formats named zones only with a feature that nothing else needs.
+fn without_zone(column: &ArrayRef) -> ArrayRef {
+    match column.as_primitive_opt::<TimestampMicrosecondType>() {
+        Some(times) => Arc::new(times.clone().with_timezone_opt(None::<&str>)),
+        None => column.clone(),
+    }
+}
+
 fn to_images(changes: &ChangeBatch) -> Vec<Image> {
     let options = FormatOptions::default();
     let fields = changes.schema.columns.fields();
-    let formatters: Vec<_> =
-        changes.columns.iter().map(|column| ArrayFormatter::try_new(column, &options).unwrap()).collect();
+    let columns: Vec<ArrayRef> = changes.columns.iter().map(without_zone).collect();
+    let formatters: Vec<_> = columns.iter().map(|column| ArrayFormatter::try_new(column, &options).unwrap()).collect();
     let value = |column: usize, row: usize| {
         (!changes.columns[column].is_null(row)).then(|| formatters[column].value(row).to_string())
     };

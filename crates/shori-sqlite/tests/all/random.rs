@@ -88,7 +88,8 @@ const USER_TRIGGERS: &[&str] = &[
     "create trigger user_8 before insert on spelled when new.v = 6 begin delete from child where id = 2; end",
 ];
 
-const CONFLICT: &[&str] = &["", "", " or replace", " or replace", " or ignore", " or fail", " or abort", " or rollback"];
+const CONFLICT: &[&str] =
+    &["", "", " or replace", " or replace", " or ignore", " or fail", " or abort", " or rollback"];
 
 /// Writes at random, and remembers what the tables held at each change.
 struct World {
@@ -114,7 +115,14 @@ impl World {
         fixture.config.inline = random.random();
         fixture.config.snapshot_chunk_rows = random.random_range(1..6);
         let user_triggers = random.random();
-        let mut world = Self { fixture, random, schemas: BTreeMap::new(), history: BTreeMap::new(), log: Vec::new(), user_triggers };
+        let mut world = Self {
+            fixture,
+            random,
+            schemas: BTreeMap::new(),
+            history: BTreeMap::new(),
+            log: Vec::new(),
+            user_triggers,
+        };
         world.add_triggers();
         for _ in 0..world.random.random_range(0..40) {
             world.write();
@@ -139,8 +147,11 @@ impl World {
     }
 
     fn remember(&mut self) {
-        let tables: BTreeMap<_, _> =
-            self.schemas.iter().map(|(id, schema)| (id.instance.to_string(), rows(&self.fixture.writer, schema))).collect();
+        let tables: BTreeMap<_, _> = self
+            .schemas
+            .iter()
+            .map(|(id, schema)| (id.instance.to_string(), rows(&self.fixture.writer, schema)))
+            .collect();
         let newest = self.fixture.newest_change();
         let before = self.history.insert(newest, tables.clone());
         if let Some(before) = before {
@@ -300,7 +311,8 @@ fn compare(world: &World, reader: &Reader) {
     let tables = world.history.get(&newest).unwrap_or_else(|| panic!("{newest} is no boundary"));
     for (table, expected) in tables {
         let images = reader.images.iter().rev().filter(|image| image.capture == *table);
-        let newest_images: Vec<String> = images.take(60).map(|image| format!("{:?} {:?} {}", image.op, image.key, image.position)).collect();
+        let newest_images: Vec<String> =
+            images.take(60).map(|image| format!("{:?} {:?} {}", image.op, image.key, image.position)).collect();
         let progress = &reader.progress;
         assert_eq!(reader.rows(table), *expected, "{table} at change {newest}: {newest_images:#?}, {progress:#?}");
     }
