@@ -138,11 +138,11 @@ pub fn compact(
     for snapshot in due {
         keys.retain(|_, kept| kept.touched.position > snapshot.start);
     }
-    let finished = ended.last().map_or(Position::ZERO, |snapshot| snapshot.end);
     for kept in keys.into_values() {
         if kept.image.op.leaves_row() || keep_deletes {
-            // A running snapshot still needs to know that it has seen the row.
-            if kept.touched.position != kept.image.position && kept.touched.position > finished {
+            // The image tells since when the row stands so, the other that a snapshot has seen it: a reader that
+            // sweeps at the snapshot's end needs both.
+            if kept.touched.position != kept.image.position {
                 rows.push(kept.touched);
             }
             rows.push(kept.image);

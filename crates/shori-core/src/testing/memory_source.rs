@@ -81,6 +81,11 @@ impl MemorySource {
         }
     }
 
+    /// How far it has read.
+    pub fn position(&self) -> Position {
+        self.watermark.staged
+    }
+
     fn gap(&self, table: &str) -> Error {
         Error::new(ErrorKind::Gap, "read", format!("table {table}"), "source retention has passed the watermark")
             .with_remedy(format!("run shori resnapshot {table}"))

@@ -166,6 +166,8 @@ impl TableState {
                 operation,
             }));
         }
+        // A boundary may stand within one LSN, between a commit and the chunks read under it.
+        changes.sort_by_key(|change| change.position);
         self.changes.extend(changes);
     }
 

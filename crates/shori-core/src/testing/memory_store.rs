@@ -14,6 +14,7 @@ use super::faults::Faults;
 use super::memory_database::FIRST_COMMIT_TIME;
 use super::memory_log::{LogRow, change_batch, compact, log_rows};
 use super::memory_target::{Status, TargetTable};
+use super::planted::{self, Plant};
 use super::value::Row;
 use crate::error::{Error, ErrorKind, Result};
 use crate::position::{CaptureId, Micros, Position, Watermark};
@@ -42,8 +43,11 @@ struct Stored {
     targets: BTreeMap<String, TargetTable>,
     runs: BTreeMap<String, RunRecord>,
     appends: u64,
+    /// Captures as they were before the newest append, for one that is not durable.
+    before_append: Option<BTreeMap<CaptureId, CaptureLog>>,
 }
 
+#[derive(Clone)]
 struct CaptureLog {
     state: CaptureState,
     /// The next schema may be any.
@@ -68,6 +72,7 @@ impl MemoryStorage {
             targets: BTreeMap::new(),
             runs: BTreeMap::new(),
             appends: 0,
+            before_append: None,
         })))
     }
 
@@ -104,6 +109,14 @@ impl MemoryStorage {
     /// Appends that changed something.
     pub fn appends(&self) -> u64 {
         self.stored().appends
+    }
+
+    /// Takes back the newest append.
+    pub fn lose_last_append(&self) {
+        let mut stored = self.stored();
+        if let Some(before) = stored.before_append.take() {
+            stored.captures = before;
+        }
     }
 
     /// The time by which the storage dates what it stages.
@@ -149,29 +162,39 @@ impl Stored {
         Ok(())
     }
 
-    fn append(&mut self, append: &Append<'_>, rows: Vec<(CaptureId, Vec<Arc<LogRow>>)>) -> Result<Appended> {
+    /// Whether a batch is there already, or does not follow what is.
+    fn append_outcome(&mut self, append: &Append<'_>) -> Result<Option<Appended>> {
         let new = append.watermark;
         let mut all_there = true;
         let mut expected = true;
         for (id, staged) in append.expected {
             let stored = self.capture(id)?.state.watermark;
             all_there &= stored.staged >= new.staged && stored.boundary >= new.boundary;
-            expected &= stored.staged == *staged;
+            expected &= stored.staged == *staged || planted::is(Plant::StaleAppendWins);
         }
-        if all_there {
-            return Ok(Appended::AlreadyApplied);
-        }
-        if !expected {
-            return Ok(Appended::Conflict);
-        }
+        Ok(if all_there {
+            Some(Appended::AlreadyApplied)
+        } else if !expected {
+            Some(Appended::Conflict)
+        } else {
+            None
+        })
+    }
+
+    /// Adds the rows of a batch that are not there. Returns how many.
+    fn append_rows(&mut self, append: &Append<'_>, rows: Vec<(CaptureId, Vec<Arc<LogRow>>)>) -> Result<u64> {
         let mut added: BTreeMap<CaptureId, Vec<Arc<LogRow>>> = BTreeMap::new();
         for (id, images) in rows {
-            let stored = self.capture(&id)?.state.watermark.staged;
-            added.entry(id).or_default().extend(images.into_iter().filter(|image| image.position > stored));
+            let mut stored = self.capture(&id)?.state.watermark.staged;
+            if planted::is(Plant::StaleAppendWins) {
+                stored = append.expected[&id];
+            }
+            let all = planted::is(Plant::OverlapAppended);
+            added.entry(id).or_default().extend(images.into_iter().filter(|image| all || image.position > stored));
         }
         for (id, images) in &added {
             let sorted = images.is_sorted_by(|one, next| one.position < next.position);
-            if !sorted || images.last().is_some_and(|last| last.position > new.staged) {
+            if !sorted || images.last().is_some_and(|last| last.position > append.watermark.staged) {
                 return Err(misplaced(id));
             }
         }
@@ -179,8 +202,15 @@ impl Stored {
         for (id, images) in added {
             self.capture(&id)?.rows.extend(images);
         }
+        Ok(count)
+    }
+
+    /// Writes all of a batch but its rows.
+    fn append_progress(&mut self, append: &Append<'_>) -> Result<()> {
+        let new = append.watermark;
         for rejected in append.rejected {
-            if rejected.position > self.capture(&rejected.capture)?.state.watermark.staged {
+            let dropped = planted::is(Plant::RejectedDropped) && append.changes.is_empty();
+            if rejected.position > self.capture(&rejected.capture)?.state.watermark.staged && !dropped {
                 self.rejected.push(rejected.clone());
             }
         }
@@ -193,7 +223,9 @@ impl Stored {
                 state.snapshot = progress.clone();
             }
         }
-        for id in append.expected.keys() {
+        let idle = |id: &CaptureId| !append.changes.iter().any(|changes| changes.capture == *id);
+        let moved = append.expected.keys().filter(|id| !(planted::is(Plant::IdleStandsStill) && idle(id)));
+        for id in moved {
             let mark = &mut self.capture(id)?.state.watermark;
             // A source that reads a stretch again may split it otherwise: neither part ever moves back.
             mark.staged = mark.staged.max(new.staged);
@@ -202,7 +234,7 @@ impl Stored {
             }
         }
         self.appends += 1;
-        Ok(Appended::Applied { rows: count })
+        Ok(())
     }
 
     /// Whether an output from `expected` to `checkpoint` can be applied.
@@ -212,26 +244,28 @@ impl Stored {
         let stored = table.checkpoint.as_ref().map(|checkpoint| &checkpoint.positions);
         Ok(if stored == Some(commit.checkpoint) {
             Some(Committed::AlreadyApplied)
-        } else if stored != commit.expected {
+        } else if stored != commit.expected && !planted::is(Plant::StaleOutputWins) {
             Some(Committed::Conflict)
         } else {
             None
         })
     }
 
-    fn apply_output(&mut self, commit: &OutputCommit<'_>, parts: &[OutputRows]) -> Result<Committed> {
-        if let Some(outcome) = self.output_outcome(commit)? {
-            return Ok(outcome);
-        }
+    fn apply_output(&mut self, commit: &OutputCommit<'_>, parts: &[OutputRows]) -> Result<u64> {
         let name = &*commit.target.projection;
         let mut table = self.targets[name].clone();
         let rows = table.apply(commit.output.kind(), parts, &commit.horizon)?;
-        table.checkpoint = Some(Checkpoint { positions: commit.checkpoint.clone(), as_of_time: commit.as_of_time });
-        table.as_of_lsn = commit.as_of_lsn;
-        table.status = if commit.complete { Status::Ok } else { Status::Init };
-        table.last_error = None;
         self.targets.insert(name.into(), table);
-        Ok(Committed::Applied { rows })
+        Ok(rows)
+    }
+
+    fn apply_checkpoint(&mut self, commit: &OutputCommit<'_>) {
+        if let Some(table) = self.targets.get_mut(&*commit.target.projection) {
+            table.checkpoint = Some(Checkpoint { positions: commit.checkpoint.clone(), as_of_time: commit.as_of_time });
+            table.as_of_lsn = commit.as_of_lsn;
+            table.status = if commit.complete { Status::Ok } else { Status::Init };
+            table.last_error = None;
+        }
     }
 }
 
@@ -285,9 +319,20 @@ impl Store for MemoryStore {
             rows.push((batch.capture.clone(), log_rows(batch, now)?));
         }
         self.faults.step("store.append.commit").await?;
-        let appended = self.storage.stored().append(append, rows)?;
+        if let Some(outcome) = self.storage.stored().append_outcome(append)? {
+            return Ok(outcome);
+        }
+        if planted::is(Plant::AppendNotDurable) {
+            let mut stored = self.storage.stored();
+            stored.before_append = Some(stored.captures.clone());
+        }
+        let rows = self.storage.stored().append_rows(append, rows)?;
+        if planted::is(Plant::RowsBeforeWatermarks) {
+            self.faults.step("store.append.between").await?;
+        }
+        self.storage.stored().append_progress(append)?;
         self.faults.step("store.appended").await?;
-        Ok(appended)
+        Ok(Appended::Applied { rows })
     }
 
     async fn read_log(&self, capture: &CaptureId, after: &Position, up_to: &Position) -> Result<LogStream> {
@@ -392,9 +437,18 @@ impl Store for MemoryStore {
             self.faults.step("store.commit_output.part").await?;
         }
         self.faults.step("store.commit_output.commit").await?;
-        let committed = self.storage.stored().apply_output(&commit, &parts)?;
+        let outcome = self.storage.stored().output_outcome(&commit)?;
+        if let Some(outcome) = outcome {
+            return Ok(outcome);
+        }
+        if planted::is(Plant::CheckpointBeforeRows) {
+            self.storage.stored().apply_checkpoint(&commit);
+            self.faults.step("store.commit_output.between").await?;
+        }
+        let rows = self.storage.stored().apply_output(&commit, &parts)?;
+        self.storage.stored().apply_checkpoint(&commit);
         self.faults.step("store.committed_output").await?;
-        Ok(committed)
+        Ok(Committed::Applied { rows })
     }
 
     async fn record_error(&self, projection: &str, message: &str) -> Result<()> {

@@ -26,7 +26,7 @@ const PART_ROWS: usize = 3;
 #[derive(Clone, Default)]
 pub struct MemoryCache(Arc<Mutex<Cache>>);
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Cache {
     store_id: String,
     tables: BTreeMap<CaptureId, TableState>,
@@ -34,6 +34,7 @@ struct Cache {
 }
 
 /// What is kept for one projection.
+#[derive(Clone)]
 struct Kept {
     projection: Projection,
     /// The checkpoint that the store was last known to hold.
@@ -66,6 +67,15 @@ impl MemoryCache {
         let cache = self.cache();
         let tables = cache.tables.values().filter(|state| &*state.schema.table == table);
         tables.flat_map(|state| state.rows.values().map(|row| row.row.clone())).collect()
+    }
+
+    /// A cache of its own with the same content.
+    pub fn copy(&self) -> MemoryCache {
+        MemoryCache(Arc::new(Mutex::new(self.cache().clone())))
+    }
+
+    pub fn changes_kept(&self) -> u64 {
+        self.cache().tables.values().map(|table| table.changes.len() as u64).sum()
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {
@@ -458,7 +468,7 @@ impl Transform for MemoryTransform {
     }
 
     async fn changes_kept(&self) -> Result<u64> {
-        Ok(self.cache.cache().tables.values().map(|table| table.changes.len() as u64).sum())
+        Ok(self.cache.changes_kept())
     }
 
     async fn discard(&self) -> Result<()> {

@@ -17,5 +17,7 @@ pub mod memory_target;
 pub mod memory_transform;
 pub mod model_projections;
 pub mod oracle;
+pub mod planted;
+pub mod simulation;
 pub mod transactions;
 pub mod value;

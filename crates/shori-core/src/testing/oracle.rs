@@ -209,7 +209,7 @@ fn compare(projection: &Projection, mut found: Vec<Row>, mut expected: Vec<Row>,
     }
     let extra: Vec<_> = found.iter().filter(|row| !expected.contains(row)).collect();
     let missing: Vec<_> = expected.iter().filter(|row| !found.contains(row)).collect();
-    Err(format!("projection {} at {at} has {extra:#?} and lacks {missing:#?}", projection.name))
+    Err(format!("projection {} at {at} has {extra:?} and lacks {missing:?}", projection.name))
 }
 
 /// What the log of a capture says of its table at `position`; checked against the database where that is possible.

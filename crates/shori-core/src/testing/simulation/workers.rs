@@ -1,0 +1,95 @@
+//! A worker's life: one process after another, each with the production pipeline in it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rand::Rng;
+
+use super::plan::{CacheFate, rng_of};
+use super::source::SimulatedSource;
+use super::world::{Process, World};
+use crate::error::Result;
+use crate::event::Events;
+use crate::pipeline::{Pipeline, Prepared};
+use crate::testing::faults::Faults;
+use crate::testing::memory_source::MemorySource;
+
+/// Longest time from the wish that a process ends to its end.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// Turns that tasks of a dropped process may need to be dropped too.
+const DROP_TURNS: usize = 4;
+
+/// Runs processes until the world ends.
+pub async fn live(world: Arc<World>, worker: usize) {
+    let mut rng = rng_of(world.seed, 100 + worker as u64);
+    for process in 0.. {
+        if world.ending.is_cancelled() {
+            return;
+        }
+        let faults = world.faults.process();
+        world.note(worker, || format!("starts process {process}"));
+        let run_id = format!("{worker}-{process}");
+        run(&world, worker, &run_id, &faults).await;
+        world.set_process(worker, None);
+        for _ in 0..DROP_TURNS {
+            tokio::task::yield_now().await;
+        }
+        if faults.has_crashed() {
+            world.crashes.fetch_add(1, Ordering::Relaxed);
+        }
+        let fate = CacheFate::draw(&mut rng);
+        world.note(worker, || format!("ended, its cache is {fate:?}"));
+        world.parts.end(worker, fate);
+        let pause = Duration::from_millis(rng.random_range(0..500));
+        tokio::select! { biased; () = world.ending.cancelled() => {}, () = tokio::time::sleep(pause) => {} }
+    }
+}
+
+async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) {
+    let prepared = match prepare(world, worker, run_id, faults) {
+        Ok(prepared) => prepared,
+        Err(error) => return world.fail(format!("worker {worker} cannot open its parts: {error}")),
+    };
+    let handle = prepared.handle();
+    let stop = handle.stop.clone();
+    world.set_process(worker, Some(Process { handle, faults: faults.clone() }));
+    let overdue = async {
+        stop.cancelled().await;
+        tokio::time::sleep(STOP_LIMIT).await;
+    };
+    tokio::select! {
+        biased;
+        () = faults.crashed() => {}
+        () = overdue => world.fail(format!("worker {worker} did not end when told to")),
+        result = prepared.run() => match result {
+            Ok(()) => world.note(worker, || "ends by itself".into()),
+            Err(error) => world.fail(format!("worker {worker} ended: {error}")),
+        },
+    }
+}
+
+fn prepare(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) -> Result<Prepared> {
+    let (store, transform) = world.parts.start(worker, faults)?;
+    let source = SimulatedSource {
+        inner: MemorySource::new(&world.database, faults.clone(), world.plan.habits),
+        database: world.database.clone(),
+        rejects: world.plan.rejects,
+        rejecting: world.database.capture("notes"),
+        handed_out: world.handed_out.clone(),
+        prunes: world.plan.prunes,
+        resumed: false,
+    };
+    let observer = world.clone();
+    let pipeline = Pipeline {
+        name: format!("worker {worker}"),
+        run_id: run_id.into(),
+        sources: vec![Box::new(source)],
+        staging: store.clone(),
+        transform,
+        projections: world.projections.iter().map(|projection| (projection.clone(), store.clone())).collect(),
+        settings: world.plan.settings,
+        events: Events::new(move |event| observer.observe(worker, event)),
+    };
+    Ok(pipeline.prepare())
+}
