@@ -1,0 +1,253 @@
+//! A projection's query: how it is run over one set of tables or another, what it returns, and its errors.
+
+use std::sync::Arc;
+
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
+use shori_core::projection::{Derivation, EntityPath, Maintenance, Measures, Projection, SqlProjection, history};
+use shori_core::schema::is_carried;
+use shori_core::{Error, ErrorKind, Result, projection};
+
+use super::layout::{LIVE, Layout};
+use super::session::{CACHE, Session, WORK};
+use super::tables::{Table, comma};
+use crate::database::{duckdb_error, quote_name};
+use crate::types::duckdb_type;
+
+/// Tells one derivation from another.
+pub(super) fn definition(projection: &Projection) -> String {
+    format!("{:?}", projection.derivation)
+}
+
+/// What a query returns, and what its columns are for.
+#[derive(Debug)]
+pub(super) struct Shape {
+    pub fields: Vec<FieldRef>,
+    pub published: SchemaRef,
+    pub key: Vec<String>,
+    /// Columns that are added up over entities; the weight is one.
+    pub sums: Vec<String>,
+    pub weight: Option<String>,
+    /// Some column is neither key nor sum.
+    pub has_others: bool,
+}
+
+impl Shape {
+    pub fn list(&self, alias: &str) -> String {
+        comma(self.fields.iter().map(|field| format!("{alias}.{}", quote_name(field.name()))))
+    }
+
+    pub fn keys(&self, alias: &str) -> String {
+        comma(self.key.iter().map(|name| format!("{alias}.{}", quote_name(name))))
+    }
+
+    /// Null is a key like any other.
+    pub fn key_match(&self, left: &str, right: &str) -> String {
+        let same = |name: &String| format!("{left}.{0} is not distinct from {right}.{0}", quote_name(name));
+        self.key.iter().map(same).collect::<Vec<_>>().join(" and ")
+    }
+
+    pub fn type_of(&self, column: &str) -> Result<String> {
+        match self.fields.iter().find(|field| field.name() == column) {
+            Some(field) => duckdb_type(field.data_type()),
+            None => Err(Error::new(ErrorKind::Internal, "find", format!("column {column}"), "the query has none")),
+        }
+    }
+}
+
+/// Runs `statement` with the query in place of `{query}`, where tables are those of `schema` in the work catalog.
+pub(super) fn run(session: &Session, sql: &SqlProjection, schema: &str, statement: &str) -> Result<()> {
+    session.run(&format!("use {WORK}.{}", quote_name(schema)))?;
+    // The query begins on a line of its own, the second: its line numbers are those of the message less one.
+    let text = statement.replace("{query}", &format!("(\n{}\n) as query", trimmed(&sql.text)));
+    let outcome = session.connection.execute_batch(&text).map_err(|cause| query_error(sql, "run", cause));
+    match outcome {
+        Ok(()) => session.run(&format!("use {CACHE}")),
+        Err(error) => {
+            // Fails inside of a broken transaction; the next statement that matters runs after its rollback.
+            let _ = session.run(&format!("use {CACHE}"));
+            Err(error)
+        }
+    }
+}
+
+fn trimmed(text: &str) -> &str {
+    text.trim_end().trim_end_matches(';')
+}
+
+fn query_error(sql: &SqlProjection, operation: &str, cause: duckdb::Error) -> Error {
+    let text = cause.to_string();
+    let object = match line_of(&text) {
+        Some(line) => format!("the query in {}, line {line}", sql.file),
+        None => format!("the query in {}", sql.file),
+    };
+    let general = duckdb_error(operation, object.clone(), cause);
+    if general.kind() == ErrorKind::Refused && general.remedy().is_none() {
+        Error::new(ErrorKind::Projection, operation, object, text)
+    } else {
+        general
+    }
+}
+
+fn line_of(message: &str) -> Option<u64> {
+    let digits = message.split("LINE ").nth(1)?.split(':').next()?;
+    digits.parse::<u64>().ok()?.checked_sub(1).filter(|&line| line > 0)
+}
+
+fn misfit(sql: &SqlProjection, cause: String) -> Error {
+    Error::new(ErrorKind::Projection, "use", format!("the query in {}", sql.file), cause)
+}
+
+/// Columns of a projection's output.
+pub(super) fn output_columns(session: &Session, layout: &Layout, projection: &Projection) -> Result<SchemaRef> {
+    match &projection.derivation {
+        Derivation::Sql(sql) => Ok(shape(session, layout, sql)?.published),
+        Derivation::Latest { table } => Ok(latest_columns(layout.table(table)?)),
+        Derivation::History(of) => Ok(history_columns(layout.table(&of.table)?, &of.key)),
+    }
+}
+
+pub(super) fn latest_columns(table: &Table) -> SchemaRef {
+    let mut fields: Vec<_> = (0..table.columns.len()).map(|index| carried(table, index)).collect();
+    fields.push(Arc::new(Field::new(projection::SOURCE_LSN, DataType::Binary, false)));
+    Arc::new(Schema::new(fields))
+}
+
+/// A column that may be null unless it is part of the key: one that the source dropped is null from then on.
+fn carried(table: &Table, index: usize) -> FieldRef {
+    let field = &table.columns[index];
+    if table.key.contains(&index) { field.clone() } else { Arc::new(field.as_ref().clone().with_nullable(true)) }
+}
+
+/// Indexes of a history's tracked columns.
+pub(super) fn tracked(table: &Table) -> Vec<usize> {
+    (0..table.columns.len()).filter(|index| !table.key.contains(index)).collect()
+}
+
+pub(super) fn history_columns(table: &Table, key: &[String]) -> SchemaRef {
+    let renamed = |(&index, name): (&usize, &String)| table.columns[index].as_ref().clone().with_name(name);
+    let mut fields: Vec<Field> = table.key.iter().zip(key).map(renamed).collect();
+    fields.extend(tracked(table).into_iter().map(|index| carried(table, index).as_ref().clone()));
+    fields.extend(history::fields());
+    Arc::new(Schema::new(fields))
+}
+
+/// Binds the query and checks that its declarations fit it.
+pub(super) fn shape(session: &Session, layout: &Layout, sql: &SqlProjection) -> Result<Shape> {
+    for table in &sql.tables {
+        layout.table(table)?;
+    }
+    let fields = bind(session, sql)?;
+    let named = |name: &String| fields.iter().find(|field| field.name() == name);
+    for (index, field) in fields.iter().enumerate() {
+        if !is_carried(field.data_type()) {
+            let cause = format!("column {} is of type {}: cast it", field.name(), field.data_type());
+            return Err(misfit(sql, cause));
+        }
+        if fields[..index].iter().any(|other| other.name() == field.name()) {
+            return Err(misfit(sql, format!("it returns two columns {}", field.name())));
+        }
+    }
+    let (mut sums, mut hidden, mut its_weight) = (Vec::new(), None, None);
+    if let Maintenance::ByEntity { entity, measures } = &sql.maintenance {
+        check_paths(layout, sql, &entity.paths)?;
+        if let Measures::Additive { additive, weight, publish_weight } = measures {
+            sums.clone_from(additive);
+            if !sums.contains(weight) {
+                sums.push(weight.clone());
+            }
+            hidden = (!publish_weight).then(|| weight.clone());
+            its_weight = Some(weight.clone());
+        }
+    }
+    if sql.key.is_empty() {
+        return Err(misfit(sql, "its key is empty".into()));
+    }
+    if let Some(name) = sql.key.iter().chain(&sums).find(|name| named(name).is_none()) {
+        return Err(misfit(sql, format!("it returns no column {name}, which its declaration names")));
+    }
+    // Differences of floating sums drift: such columns are recomputed for the keys touched.
+    sums.retain(|name| named(name).is_some_and(|field| !field.data_type().is_floating()));
+    if its_weight.as_ref().is_some_and(|weight| !sums.contains(weight)) {
+        return Err(misfit(sql, "its weight is a floating number: count rows".into()));
+    }
+    let has_others = fields.iter().any(|field| !sql.key.contains(field.name()) && !sums.contains(field.name()));
+    let published = fields.iter().filter(|field| Some(field.name()) != hidden.as_ref()).cloned().collect::<Vec<_>>();
+    let published = Arc::new(Schema::new(published));
+    Ok(Shape { fields, published, key: sql.key.clone(), sums, weight: its_weight, has_others })
+}
+
+fn bind(session: &Session, sql: &SqlProjection) -> Result<Vec<FieldRef>> {
+    session.run(&format!("use {WORK}.{LIVE}"))?;
+    let read = || {
+        let text = format!("select * from (\n{}\n) as query limit 0", trimmed(&sql.text));
+        let mut statement = session.connection.prepare(&text)?;
+        let schema = statement.query_arrow([])?.get_schema();
+        Ok(schema.fields().iter().cloned().collect())
+    };
+    let fields = read().map_err(|cause| query_error(sql, "bind", cause));
+    session.run(&format!("use {CACHE}"))?;
+    fields
+}
+
+fn check_paths(
+    layout: &Layout,
+    sql: &SqlProjection,
+    paths: &std::collections::BTreeMap<Arc<str>, EntityPath>,
+) -> Result<()> {
+    let has = |table: &str, column: &str| -> Result<()> {
+        if layout.table(table)?.index_of(column).is_none() {
+            return Err(misfit(sql, format!("its entity names column {column}, which table {table} lacks")));
+        }
+        Ok(())
+    };
+    if let Some(table) = sql.tables.iter().find(|table| !paths.contains_key(*table)) {
+        return Err(misfit(sql, format!("its entity says nothing of table {table}")));
+    }
+    for (name, path) in paths {
+        match path {
+            EntityPath::Column(column) => has(name, column)?,
+            EntityPath::Through { table, own_column, their_column } => {
+                has(name, own_column)?;
+                has(table, their_column)?;
+            }
+        }
+        let mut at = path;
+        for _ in 0..=paths.len() {
+            match at {
+                EntityPath::Column(_) => break,
+                EntityPath::Through { table, .. } => match paths.get(table) {
+                    Some(next) => at = next,
+                    None => return Err(misfit(sql, format!("its entity says nothing of table {table}"))),
+                },
+            }
+        }
+        if matches!(at, EntityPath::Through { .. }) {
+            return Err(misfit(sql, format!("its entity cannot be reached from table {name}: the way is a circle")));
+        }
+    }
+    Ok(())
+}
+
+/// Columns of `table` that the query can mean; all of them where it uses a star.
+pub(super) fn used_columns(sql: &SqlProjection, table: &Table) -> Vec<bool> {
+    let text = sql.text.to_lowercase();
+    let words: Vec<&str> = text
+        .split_inclusive(|c: char| !(c.is_alphanumeric() || c == '_' || c == '$'))
+        .flat_map(|piece| {
+            let end = piece.trim_end_matches(|c: char| !(c.is_alphanumeric() || c == '_' || c == '$'));
+            [end, &piece[end.len()..]]
+        })
+        .filter(|piece| !piece.trim().is_empty())
+        .collect();
+    let opens_star = |before: &str| matches!(before.trim(), "select" | "," | "." | "(" | "distinct" | "all");
+    let star = words.windows(2).enumerate().any(|(at, pair)| {
+        let counts = at > 0 && words[at - 1] == "count" && pair[0].trim() == "(";
+        pair[1].trim() == "*" && opens_star(pair[0]) && !counts
+    });
+    let whole = star || words.iter().any(|word| matches!(*word, "natural" | "columns"));
+    let is_used = |name: &str| {
+        let name = name.to_lowercase();
+        whole || words.contains(&name.as_str()) || name.contains(|c: char| !(c.is_alphanumeric() || c == '_'))
+    };
+    table.columns.iter().map(|field| is_used(field.name())).collect()
+}

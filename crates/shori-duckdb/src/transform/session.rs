@@ -1,0 +1,93 @@
+//! A connection of the transform, and transactions on it.
+
+use std::time::Instant;
+
+use duckdb::Connection;
+use shori_core::{Error, Result};
+
+use crate::database::{Database, duckdb_error};
+
+/// The attached cache file.
+pub(super) const CACHE: &str = "cache";
+/// A catalog in memory for what need not survive: outputs being read, rows of touched entities, names for queries.
+pub(super) const WORK: &str = "cache_work";
+
+const OBJECT: &str = "the state cache";
+
+pub(super) struct Session {
+    pub connection: Connection,
+}
+
+impl Session {
+    pub fn open(database: &Database) -> Result<Self> {
+        Ok(Self { connection: database.connect(CACHE)? })
+    }
+
+    pub fn run(&self, sql: &str) -> Result<()> {
+        let started = Instant::now();
+        let outcome = self.connection.execute_batch(sql).map_err(|cause| failure("update", cause));
+        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
+        outcome
+    }
+
+    /// The single number that a query gives; null is 0.
+    pub fn number(&self, sql: &str) -> Result<i64> {
+        Ok(self.optional_number(sql)?.unwrap_or(0))
+    }
+
+    pub fn optional_number(&self, sql: &str) -> Result<Option<i64>> {
+        let started = Instant::now();
+        let outcome = self.connection.query_row(sql, [], |row| row.get::<_, Option<i64>>(0));
+        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
+        outcome.map_err(|cause| failure("read", cause))
+    }
+
+    /// All rows of a query, each made by `make`.
+    pub fn rows<T>(&self, sql: &str, mut make: impl FnMut(&duckdb::Row<'_>) -> duckdb::Result<T>) -> Result<Vec<T>> {
+        let mut read = || {
+            let mut statement = self.connection.prepare(sql)?;
+            let mut rows = statement.query([])?;
+            let mut made = Vec::new();
+            while let Some(row) = rows.next()? {
+                made.push(make(row)?);
+            }
+            Ok(made)
+        };
+        read().map_err(|cause| failure("read", cause))
+    }
+
+    /// Runs `work` in a transaction: all of it, or nothing.
+    pub fn transaction<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.run("begin transaction")?;
+        match work() {
+            Ok(value) => {
+                self.run("commit")?;
+                Ok(value)
+            }
+            Err(error) => {
+                if let Err(cause) = self.run("rollback") {
+                    tracing::debug!(%cause, "a rollback failed");
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// An error about the cache as a whole.
+pub(super) fn failure(operation: &str, cause: duckdb::Error) -> Error {
+    duckdb_error(operation, OBJECT, cause)
+}
+
+/// `x'..'` as DuckDB spells it.
+pub(super) fn blob(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(bytes.len() * 4 + 8);
+    text.push('\'');
+    for byte in bytes {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "\\x{byte:02X}");
+    }
+    text.push_str("'::blob");
+    text
+}
