@@ -198,6 +198,31 @@ pub async fn project(store: &dyn Store, transform: &dyn Transform, projection: &
     }
 }
 
+/// Everything once: reads what there is, applies it, and projects it, except where `skips` says so.
+pub async fn round(
+    source: &mut dyn Source,
+    store: &dyn Store,
+    transform: &dyn Transform,
+    projections: &[Projection],
+    limit: BatchLimit,
+    forget: bool,
+    mut skips: impl FnMut() -> bool + Send,
+) -> Result<()> {
+    store.bootstrap().await?;
+    ingest(source, store, limit).await?;
+    open(store, transform, projections).await?;
+    advance(store, transform, None).await?;
+    let mut checkpoints = Vec::new();
+    for projection in projections {
+        if !skips() {
+            project(store, transform, projection).await?;
+        }
+        let checkpoint = store.checkpoint(&projection.name).await?;
+        checkpoints.push(checkpoint.map_or_else(Positions::new, |checkpoint| checkpoint.positions));
+    }
+    if forget { transform.forget(&checkpoints).await } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use rand::{Rng, SeedableRng};
@@ -227,22 +252,8 @@ mod tests {
             let store = self.storage.open(faults.clone());
             let transform = self.cache.open(faults.clone());
             let mut source = MemorySource::new(&self.database, faults.clone(), SourceHabits::ROUGH);
-            store.bootstrap().await?;
-            ingest(&mut source, &store, BatchLimit { rows, bytes: 1 << 20 }).await?;
-            open(&store, &transform, &self.projections).await?;
-            advance(&store, &transform, None).await?;
-            let mut checkpoints = Vec::new();
-            for projection in &self.projections {
-                if faults.draw(4) > 0 {
-                    project(&store, &transform, projection).await?;
-                }
-                let checkpoint = store.checkpoint(&projection.name).await?;
-                checkpoints.push(checkpoint.map_or_else(Positions::new, |checkpoint| checkpoint.positions));
-            }
-            if forget {
-                transform.forget(&checkpoints).await?;
-            }
-            Ok(())
+            let limit = BatchLimit { rows, bytes: 1 << 20 };
+            round(&mut source, &store, &transform, &self.projections, limit, forget, || faults.draw(4) == 0).await
         }
     }
 

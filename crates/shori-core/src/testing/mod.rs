@@ -20,4 +20,5 @@ pub mod oracle;
 pub mod planted;
 pub mod simulation;
 pub mod transactions;
+pub mod transform_contract;
 pub mod value;
