@@ -31,6 +31,12 @@ pub fn peak_resident_mb() -> f64 {
     field("/proc/self/status", "VmHWM").and_then(|text| megabytes(&text)).unwrap_or(0.0)
 }
 
+/// What else runs here, in cores (Linux: the load of the last minute; elsewhere 0).
+pub fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0)
+}
+
 /// The value of the first line `name : value`.
 fn field(file: &str, name: &str) -> Option<String> {
     let text = std::fs::read_to_string(file).ok()?;

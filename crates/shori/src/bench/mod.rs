@@ -92,6 +92,9 @@ struct Suite {
     helpers: &'static [(&'static str, Task)],
 }
 
+/// A load above this disturbs what is measured.
+const LOAD_QUIET: f64 = 0.5;
+
 const SUITES: &[Suite] = &[engine::SUITE];
 
 /// Names of the suites.
@@ -127,6 +130,10 @@ pub fn run(request: &Request) -> Result<Report> {
         let known = suite.figures.iter().map(|figure| figure.name);
         let cause = format!("suite {} has none{}", suite.name, crate::config::nearest(unknown, known));
         return Err(Error::new(ErrorKind::Usage, "measure", format!("figure {unknown}"), cause));
+    }
+    let load = machine::load();
+    if load > LOAD_QUIET {
+        eprintln!("this machine is busy (load {load}): figures will be worse than it can do");
     }
     let (work, temporary) = work_folder(request.work.as_deref(), request.keep)?;
     let place = Place { work, scale: request.scale };
@@ -200,4 +207,57 @@ pub fn run_task(suite_name: &str, name: &str, place: &Place) -> Result<()> {
     let unknown = || Error::new(ErrorKind::Usage, "run", format!("task {name}"), "there is none");
     let work = figure.or_else(other).ok_or_else(unknown)?;
     task::answer(&work(place)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(suite: &str, figures: &[&str], scale: f64) -> Request {
+        let figures = figures.iter().map(|name| name.to_string()).collect();
+        Request { suite: suite.into(), figures, scale, work: None, keep: false }
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_before_anything_is_made() {
+        let refused = |request| run(&request).unwrap_err();
+        assert!(refused(request("engines", &[], 1.0)).to_string().contains("known: engine"));
+        let error = refused(request("engine", &["engine.backlogs"], 1.0));
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(error.to_string().contains("did you mean engine.backlog?"), "{error}");
+        for scale in [0.0, 1.5, f64::NAN] {
+            assert_eq!(refused(request("engine", &[], scale)).kind(), ErrorKind::Usage);
+        }
+    }
+
+    #[test]
+    fn figures_are_named_by_their_suite_and_once() {
+        for suite in SUITES {
+            let mut names: Vec<&str> = suite.figures.iter().map(|figure| figure.name).collect();
+            assert!(names.iter().all(|name| name.starts_with(&format!("{}.", suite.name))));
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), suite.figures.len());
+        }
+    }
+
+    /// What runs in one process, on a thousandth of the data: the others start this program again.
+    #[test]
+    fn the_engine_is_measured() {
+        let work = tempfile::tempdir().unwrap();
+        let place = Place { work: work.path().to_path_buf(), scale: 0.001 };
+        for (_, task) in engine::SUITE.shared {
+            task(&place).unwrap();
+        }
+        assert!((engine::SUITE.shared_stands)(&place));
+        for figure in ["engine.backlog", "engine.history", "engine.memory_transaction", "engine.refresh_random"] {
+            let figure = engine::SUITE.figures.iter().find(|known| known.name == figure).unwrap();
+            if let Some(prepare) = figure.prepare {
+                prepare(&place).unwrap();
+            }
+            let measured = (figure.measure)(&place).unwrap();
+            assert!(measured.value > 0.0, "{}", figure.name);
+            assert_eq!(measured.floor.is_some(), matches!(figure.bound, Bound::RatioAtMost(_)), "{}", figure.name);
+        }
+    }
 }

@@ -1,14 +1,16 @@
 //! The whole demo pipeline over the large state, while the generator, a process of its own, writes at a given rate.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hdrhistogram::Histogram;
 use serde::Deserialize;
 use shori_core::event::{Event, Events};
-use shori_core::pipeline::Handle;
+use shori_core::pipeline::{Handle, now};
 use shori_core::position::Position;
 use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
@@ -35,8 +37,10 @@ pub(super) struct Flow {
     pub late_seconds: f64,
     /// Seconds from the generator's end until all was projected; `None` if that took too long.
     pub caught_up_seconds: Option<f64>,
-    /// Time spent, by what was done: `advance`, then one per projection.
-    pub busy_seconds: Vec<(String, f64)>,
+    /// How long changes took into the log: the first part of `freshness`.
+    pub appended: Percentiles,
+    /// What was done, how often, and the mean time of one: `append`, `advance`, and a projection's commit.
+    pub work: Vec<(String, u64, f64)>,
 }
 
 /// What `shori generate --json` prints, as far as it matters here.
@@ -53,7 +57,7 @@ pub(super) async fn run(place: &Place, warm_up: Duration, measured: Duration) ->
     let watch = Arc::new(Watch {
         warm: AtomicBool::new(false),
         freshness: Freshness::new(loaded.config.projections.len()),
-        busy: Mutex::default(),
+        seen: Mutex::new(Seen { appended: Histogram::new(3).ok(), work: BTreeMap::new() }),
     });
     let watching = watch.clone();
     let events = Events::new(move |event| watching.listen(event));
@@ -81,14 +85,20 @@ async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duratio
         Ok(shown) => shown.map(|()| Some(ended.elapsed().as_secs_f64()))?,
         Err(_) => None,
     };
-    let busy = watch.busy.lock().unwrap_or_else(PoisonError::into_inner);
+    let seen = watch.seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let mean = |(name, (times, took)): (&String, &(u64, Duration))| {
+        (name.clone(), *times, took.as_secs_f64() * 1000.0 / (*times).max(1) as f64)
+    };
+    let appended =
+        |percentile| seen.appended.as_ref().map_or(0.0, |taken| taken.value_at_percentile(percentile) as f64 / 1000.0);
     Ok(Flow {
         freshness: watch.freshness.percentiles(),
         projected: watch.freshness.projected(),
         generated: generated.changes,
         late_seconds: generated.late_seconds,
         caught_up_seconds,
-        busy_seconds: busy.iter().map(|(name, took)| (name.clone(), took.as_secs_f64())).collect(),
+        appended: Percentiles { p50: appended(50.0), p95: appended(95.0), p99: appended(99.0) },
+        work: seen.work.iter().map(mean).collect(),
     })
 }
 
@@ -96,7 +106,13 @@ async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duratio
 struct Watch {
     warm: AtomicBool,
     freshness: Freshness,
-    busy: Mutex<std::collections::BTreeMap<String, Duration>>,
+    seen: Mutex<Seen>,
+}
+
+struct Seen {
+    /// Microseconds from source commit to the log, per change.
+    appended: Option<Histogram<u64>>,
+    work: BTreeMap<String, (u64, Duration)>,
 }
 
 impl Watch {
@@ -108,14 +124,23 @@ impl Watch {
             return;
         }
         self.freshness.listen(event);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let (name, took) = match event {
-            Event::Appended { took, .. } => ("append".to_string(), *took),
+            Event::Appended { took, commits, .. } => {
+                let time = now();
+                if let Some(appended) = &mut seen.appended {
+                    for run in commits {
+                        appended.saturating_record_n((time - run.time).max(1) as u64, run.rows);
+                    }
+                }
+                ("append".to_string(), *took)
+            }
             Event::Advanced { took, .. } => ("advance".to_string(), *took),
             Event::Projected { projection, took, .. } => (projection.to_string(), *took),
             _ => return,
         };
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        *busy.entry(name).or_default() += took;
+        let work = seen.work.entry(name).or_default();
+        *work = (work.0 + 1, work.1 + took);
     }
 }
 

@@ -28,8 +28,9 @@ pub(super) fn measure(place: &Place) -> Result<Measured> {
         .part("changes", flow.projected as f64)
         .part("generated", flow.generated as f64)
         .part("generator_late_s", flow.late_seconds);
-    for (name, seconds) in &flow.busy_seconds {
-        measured = measured.part(&format!("{name}_s"), *seconds);
+    measured = measured.part("appended_p50_ms", flow.appended.p50).part("appended_p99_ms", flow.appended.p99);
+    for (name, times, mean_ms) in &flow.work {
+        measured = measured.part(&format!("{name}_times"), *times as f64).part(&format!("{name}_mean_ms"), *mean_ms);
     }
     match flow.caught_up_seconds {
         Some(seconds) => measured = measured.part("caught_up_s", seconds),
