@@ -100,6 +100,10 @@ fn append_once(session: &Session, append: &OwnedAppend) -> Result<Appended> {
     let mut rows = 0;
     for batch in &append.changes {
         let known = stored.get(&batch.capture).ok_or_else(|| unknown(&batch.capture))?;
+        if !batch.is_empty() && batch.position(batch.len() - 1)? > append.watermark.staged {
+            let cause = "it reaches above the watermark that comes with it";
+            return Err(Error::new(ErrorKind::Internal, "append", format!("a batch of {}", batch.capture), cause));
+        }
         rows += stage(session, batch, known, ingested_at)?;
     }
     for (id, progress) in &append.snapshots {

@@ -350,7 +350,6 @@ pub(super) fn request_snapshot(session: &Session, id: &CaptureId, retyped: bool)
         if retyped {
             let table = &capture.staging_table;
             session.batch(&format!("delete from {}", quote_name(table)), table)?;
-            put_horizon(session, id, &capture.watermark.staged.max(capture.horizon))?;
         }
         Ok(progress)
     })

@@ -20,7 +20,7 @@ use shori_core::store::Compacted;
 
 use super::captures::{self, Capture};
 use super::layout;
-use super::session::{Session, above, at_or_below, get_position};
+use super::session::{Session, above, at_or_below, blob_literal, get_position};
 use crate::database::quote_name;
 
 const VERDICTS: &str = "shori_verdicts";
@@ -129,11 +129,7 @@ impl Pass<'_> {
         );
         let last = session.rows(&sql, &[], table, |row| get_position(row, 0))?;
         if let Some(last) = last.first() {
-            let sql = format!("delete from {table} as l where {} and not {}", at_or_below("l", last), {
-                let (lsn, seq) = ("l.lsn", "l.seqval");
-                let [at_lsn, at_seq] = [last.lsn, last.seq].map(|key| super::session::blob_literal(key.as_slice()));
-                format!("({lsn} = {at_lsn} and {seq} = {at_seq})")
-            });
+            let sql = format!("delete from {table} as l where not {}", at_or_above_columns("l.lsn", "l.seqval", last));
             session.execute(&sql, &[], table)?;
         }
         Ok(())
@@ -160,18 +156,6 @@ impl Pass<'_> {
         let by_key = keys.join(", ");
         let values: Vec<String> = (0..columns.len()).map(|index| format!("c{index}")).collect();
         let image = format!("row({})", values.join(", "));
-        let kept_values: Vec<String> = if self.has_masks {
-            (0..columns.len())
-                .map(|index| format!(", case when is_masked then c{index} end as c{index}, u{index}"))
-                .collect()
-        } else {
-            Vec::new()
-        };
-        let carried: Vec<String> = if self.has_masks {
-            (0..columns.len()).map(|index| format!(", c{index}, u{index}")).collect()
-        } else {
-            Vec::new()
-        };
         format!(
             "with images as ({images}),
             resolved as ({resolved}),
@@ -212,9 +196,15 @@ impl Pass<'_> {
             is_swept = self.is_swept(),
             is_pending = self.pending.map_or("false".into(), |start| above_columns("lsn", "seqval", &start)),
             keep_swept = self.keep_deletes,
-            kept_values = kept_values.concat(),
-            carried = carried.concat(),
+            kept_values = self.each_resolved(|index| format!(", case when is_masked then c{index} end as c{index}, u{index}")),
+            carried = self.each_resolved(|index| format!(", c{index}, u{index}")),
         )
+    }
+
+    /// `text` of each column, where there are marks to resolve.
+    fn each_resolved(&self, text: impl Fn(usize) -> String) -> String {
+        let columns = if self.has_masks { self.capture.schema.columns.fields().len() } else { 0 };
+        (0..columns).map(text).collect()
     }
 
     fn images(&self) -> String {
@@ -303,8 +293,13 @@ fn any_of(conditions: impl Iterator<Item = String>) -> String {
 
 /// `(lsn, seqval) > bound` over two columns of any name.
 fn above_columns(lsn: &str, seqval: &str, bound: &Position) -> String {
-    let [at_lsn, at_seq] = [bound.lsn, bound.seq].map(|key| super::session::blob_literal(key.as_slice()));
+    let [at_lsn, at_seq] = [bound.lsn, bound.seq].map(|key| blob_literal(key.as_slice()));
     format!("({lsn} > {at_lsn} or ({lsn} = {at_lsn} and {seqval} > {at_seq}))")
+}
+
+fn at_or_above_columns(lsn: &str, seqval: &str, bound: &Position) -> String {
+    let [at_lsn, at_seq] = [bound.lsn, bound.seq].map(|key| blob_literal(key.as_slice()));
+    format!("({lsn} > {at_lsn} or ({lsn} = {at_lsn} and {seqval} >= {at_seq}))")
 }
 
 /// Whether the mask marks column `place`: bit `place % 8` of byte `place / 8`, counted from the lowest.

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arrow::datatypes::TimeUnit;
+use arrow::datatypes::{DataType, TimeUnit};
 use duckdb::Connection;
 use duckdb::types::Value;
 use shori_core::position::{Micros, Position};
@@ -148,8 +148,8 @@ pub(super) fn now() -> Micros {
 }
 
 /// The type of the store's own times in Arrow.
-pub(super) fn time_type() -> arrow::datatypes::DataType {
-    arrow::datatypes::DataType::Timestamp(TimeUnit::Microsecond, None)
+pub(super) fn time_type() -> DataType {
+    DataType::Timestamp(TimeUnit::Microsecond, None)
 }
 
 /// A time that a row holds.

@@ -182,6 +182,7 @@ async fn a_full_disk_stops_appends_and_loses_nothing() {
 
 /// Sixteen bytes that look like chance.
 fn md5_like(number: u64) -> u128 {
-    let mix = |value: u64| value.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mix =
+        |value: u64| value.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     u128::from(mix(number)) << 64 | u128::from(mix(number ^ 0xffff))
 }
