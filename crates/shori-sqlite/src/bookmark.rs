@@ -64,7 +64,7 @@ pub(crate) fn read(table: &str, mut bookmark: &[u8], key_columns: usize) -> Resu
 }
 
 fn misfit(table: &str) -> Error {
-    Error::new(ErrorKind::Corrupt, "resume", format!("the snapshot of table {table}"), "its bookmark cannot be read")
+    Error::new(ErrorKind::Data, "resume", format!("the snapshot of table {table}"), "its bookmark cannot be read")
         .with_remedy(format!("run shori resnapshot {table}"))
 }
 

@@ -79,10 +79,7 @@ pub(crate) fn start(
     config: &SqliteConfig,
     resume: &BTreeMap<CaptureId, Resume>,
 ) -> Result<(Started, Cursor)> {
-    let read_anew =
-        |id: &CaptureId| resume.get(id).is_none_or(|resume| resume.snapshot.state == SnapshotState::Requested);
-    let all = config.tables.iter().map(|table| table.name.clone());
-    let accept: BTreeSet<String> = all.filter(|name| read_anew(&CaptureId::new(&config.source_name, name))).collect();
+    let accept = read_anew(config, resume);
     let applied = install::apply(database, config, &accept)?;
     let fail = database.fail("read");
     let newest = newest_change(&database.connection).map_err(&fail)?;
@@ -91,29 +88,30 @@ pub(crate) fn start(
     let mut lowest: Option<Watermark> = None;
     let mut furthest = Position::ZERO;
     for layout in applied.captures {
-        let info = layout.info(&config.source_name);
-        let resume = resume.get(&info.id);
-        let watermark = resume.map_or(Watermark::ZERO, |resume| resume.watermark);
+        let id = layout.info(&config.source_name).id;
+        let known = resume.get(&id);
+        let watermark = known.map_or(Watermark::ZERO, |known| known.watermark);
+        furthest = furthest.max(watermark.staged);
         let capture = Capture {
-            id: info.id.clone(),
             after: positions::change_at(&watermark.staged)?,
-            progress: resume.map_or(SnapshotProgress::requested(1), |resume| resume.snapshot.clone()),
+            progress: known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone()),
             layout: Arc::new(layout),
             failed: false,
+            id,
         };
         if capture.after > newest {
             return Err(restored(database, capture.after, newest));
         }
-        furthest = furthest.max(watermark.staged);
         let pruned = pruned_to(&database.connection, capture.layout.number).map_err(&fail)?;
-        if let Err(error) = check_resume(&capture, resume, accept.contains(&*info.id.instance), pruned) {
-            failed.push((info.id, error));
+        let read_anew = accept.contains(&*capture.id.instance);
+        if let Err(error) = check_resume(&capture, known.filter(|_| !read_anew), pruned) {
+            failed.push((capture.id, error));
             continue;
         }
         if watermark.staged != Position::ZERO {
             // Only a capture that is read anew may stand below what was pruned.
-            let from = if pruned > capture.after { positions::of_change(pruned)? } else { watermark.staged };
-            let from = Watermark { staged: from, ..watermark };
+            let staged = if pruned > capture.after { positions::of_change(pruned)? } else { watermark.staged };
+            let from = Watermark { staged, ..watermark };
             lowest = Some(lowest.filter(|lowest| lowest.staged <= from.staged).unwrap_or(from));
         }
         captures.push(capture);
@@ -134,8 +132,19 @@ pub(crate) fn start(
     Ok((started, cursor))
 }
 
-fn check_resume(capture: &Capture, resume: Option<&Resume>, read_anew: bool, pruned: i64) -> Result<()> {
-    let schema = resume.and_then(|resume| resume.schema.as_ref()).filter(|_| !read_anew);
+/// Tables whose snapshot has not begun: they may have any shape.
+fn read_anew(config: &SqliteConfig, resume: &BTreeMap<CaptureId, Resume>) -> BTreeSet<String> {
+    let names = config.tables.iter().map(|table| table.name.clone());
+    let is_read_anew = |name: &String| {
+        let known = resume.get(&CaptureId::new(&config.source_name, name));
+        known.is_none_or(|known| known.snapshot.state == SnapshotState::Requested)
+    };
+    names.filter(is_read_anew).collect()
+}
+
+/// Whether reading can go on where `known` stands, which is nothing for a capture that is read anew.
+fn check_resume(capture: &Capture, known: Option<&Resume>, pruned: i64) -> Result<()> {
+    let schema = known.and_then(|known| known.schema.as_ref());
     let next = &capture.layout.table.schema;
     if let Some(SchemaChange::Incompatible { reason }) = schema.map(|schema| schema.change_to(next)) {
         let table = &capture.layout.table.name;

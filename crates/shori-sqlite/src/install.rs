@@ -150,10 +150,10 @@ pub(crate) fn apply(database: &mut Database, config: &SqliteConfig, accept: &BTr
     let reading = connection.transaction().map_err(&fail)?;
     let found = if has_layout(&reading).map_err(&fail)? { Some(plan(&reading, config, accept)?) } else { None };
     reading.finish().map_err(&fail)?;
-    if let Some(found) = found {
-        if found.steps.is_empty() {
-            return Ok(found.applied);
-        }
+    if let Some(found) = found
+        && found.steps.is_empty()
+    {
+        return Ok(found.applied);
     }
     let writing = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(&fail)?;
     writing.execute_batch(CREATE_TABLES).map_err(&fail)?;

@@ -107,7 +107,7 @@ impl Reader<'_> {
             if self.rows as usize >= limit.rows {
                 let cause = format!("more than {} of its rows have null in the key", limit.rows);
                 return Err(Error::new(ErrorKind::Data, "read a snapshot of", format!("table {}", table.name), cause)
-                    .with_remedy("give these rows a key, or raise the batch's rows"));
+                    .with_remedy("give these rows a key, or raise snapshot_chunk_rows"));
             }
             self.push(row).map_err(fail)??;
         }

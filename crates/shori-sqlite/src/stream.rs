@@ -74,7 +74,7 @@ fn look(
             settle_start(cursor, &seen)?;
             cursor.data_version = Some(seen.data_version);
             cursor.target = Some(Target { id: seen.newest, time: seen.newest_time });
-            read_chunk(&reading, config, cursor, &seen, limit)?;
+            read_chunk(&reading, config, cursor, &seen, limit, batch)?;
             return reading.finish().map_err(&fail);
         }
         drop(reading);
@@ -155,8 +155,10 @@ fn read_chunk(
     cursor: &mut Cursor,
     seen: &Seen,
     limit: BatchLimit,
+    batch: &mut SourceBatch,
 ) -> Result<()> {
-    let Some(capture) = cursor.captures.iter().find(|capture| !capture.failed && !capture.progress.is_done()) else {
+    let Some(capture) = cursor.captures.iter_mut().find(|capture| !capture.failed && !capture.progress.is_done())
+    else {
         return Ok(());
     };
     let before = cursor.watermark.staged.max(positions::of_change(seen.newest)?);
@@ -167,7 +169,15 @@ fn read_chunk(
         time: seen.now,
     };
     let limit = BatchLimit { rows: limit.rows.min(config.snapshot_chunk_rows.max(1)), ..limit };
-    cursor.chunk = Some(Arc::new(snapshot::read_chunk(connection, capture, &place, limit)?));
+    match snapshot::read_chunk(connection, capture, &place, limit) {
+        Ok(chunk) => cursor.chunk = Some(Arc::new(chunk)),
+        // One bad table stops itself only (contract 11).
+        Err(error) if error.kind() == ErrorKind::Data => {
+            capture.failed = true;
+            batch.failed.push((capture.id.clone(), error));
+        }
+        Err(error) => return Err(error),
+    }
     Ok(())
 }
 

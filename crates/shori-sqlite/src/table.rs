@@ -175,10 +175,13 @@ fn indexes(connection: &Connection, table: &str) -> rusqlite::Result<Vec<Index>>
     rows.collect()
 }
 
+/// A term's column, where it is one, and its collation.
+type NamedTerm = (Option<String>, String);
+
 /// The terms of a unique index; expressions and filter come from its statement.
 fn unique(connection: &Connection, table: &str, index: &Index, columns: &[Column]) -> Result<Unique> {
     let fail = |cause| crate::connection::sqlite_error("read", format!("index {}", index.name), cause);
-    let read = || -> rusqlite::Result<(Vec<(Option<String>, String)>, Option<String>)> {
+    let read = || -> rusqlite::Result<(Vec<NamedTerm>, Option<String>)> {
         let mut statement =
             connection.prepare("select name, coll from pragma_index_xinfo(?1) where key order by seqno")?;
         let terms =

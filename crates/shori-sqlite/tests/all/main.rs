@@ -1,5 +1,7 @@
 //! Capture of real SQLite files in temporary directories.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 mod capture;
 mod errors;
 mod evolution;

@@ -2,6 +2,7 @@
 
 use arrow::array::AsArray;
 use arrow::datatypes::{Decimal128Type, TimestampMicrosecondType};
+use shori_core::error::ErrorKind;
 use shori_sqlite::SqliteTable;
 
 use crate::harness::{ALL, Fixture};
@@ -104,4 +105,20 @@ fn rows_with_null_in_the_key_are_rejected() {
     assert_eq!(reasons, ["column id: null in a key"; 3]);
     let keys: Vec<_> = reader.rows("t").into_keys().flatten().collect();
     assert_eq!(keys, ["a"]);
+}
+
+#[test]
+fn a_table_with_more_keyless_rows_than_a_chunk_holds_stops_itself_only() {
+    let mut fixture = Fixture::new(
+        "create table t (id text primary key, v int); insert into t (v) values (1), (2), (3);
+         create table u (id integer primary key); insert into u values (1);",
+        vec![SqliteTable::new("t"), SqliteTable::new("u")],
+    );
+    fixture.config.snapshot_chunk_rows = 2;
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    reader.drain(ALL);
+    let (id, error) = &reader.failed[0];
+    assert_eq!((&*id.instance, error.kind(), error.remedy().is_some()), ("t", ErrorKind::Data, true));
+    assert_eq!(reader.rows("u").len(), 1);
 }
