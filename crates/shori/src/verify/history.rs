@@ -10,6 +10,9 @@ use super::report::{Finding, FindingKind, ProjectionReport};
 use super::scratch::{Scratch, quote_name};
 use super::source::Source;
 
+/// Whether a version ended without another that continues it.
+const ENDED: &str = "valid_to is not null and valid_to is distinct from next_from";
+
 pub(super) fn check(
     scratch: &Scratch,
     schema: &str,
@@ -123,8 +126,18 @@ fn chain_rules(versions: &str, key: &[String]) -> Vec<(FindingKind, String)> {
             FindingKind::Overlap,
             select(&next, &format!("next_from is not null and ({VALID_TO} is null or {VALID_TO} > next_from)")),
         ),
-        // An update continues what stood before it. Only what comes after a deletion is an insert, or found by a snapshot.
-        (FindingKind::Gap, select(&next, &format!("{VALID_TO} < next_from and next_operation = 'UPDATE'"))),
+        // An update continues what stood before it; after a deletion comes an insert, or what a snapshot found. A row that
+        // an update gave this key is no gap: the row of another key ended then.
+        (
+            FindingKind::Gap,
+            select(
+                &next,
+                &format!(
+                    "{VALID_TO} < next_from and next_operation = 'UPDATE'
+                    and next_from not in (select {VALID_TO} from {versions} where {ENDED})"
+                ),
+            ),
+        ),
     ]
 }
 
@@ -153,9 +166,7 @@ fn count(
     };
     let of_snapshot = scratch.number(&format!("select count(*) {of_snapshot}"))?;
     let opened = report.rows_found - of_snapshot;
-    let ended = scratch.number(&format!(
-        "select count(*) from {versions} where {VALID_TO} is not null and {VALID_TO} is distinct from next_from"
-    ))?;
+    let ended = scratch.number(&format!("select count(*) from {versions} where {ENDED}"))?;
     let mut compare = |kind: FindingKind, what: &str, found: u64, least: u64, most: u64| {
         if !(least..=most).contains(&found) {
             let off = if found < least { least - found } else { found - most };

@@ -17,9 +17,9 @@ use super::serving::Checkpoint;
 use super::values::Loader;
 use super::{ColumnInput, TableInput, VerifyInput};
 
-/// How the change table numbers what happened to a row: see [`shori_core::change::Op`]. The capture's own mark for a table
-/// that must be read again is none of them.
-const IMAGE_OPS: &str = "0, 1, 2, 3, 4, 5";
+/// `op` of the change table's row images: see [`shori_core::change::Op`]. All other rows mark that changes of the table
+/// went by unseen, and that it must be read again.
+const IMAGE_OPS: &str = "1, 2, 3, 4";
 
 /// The position of a table's columns in the change table.
 #[derive(Clone, Debug)]
@@ -75,11 +75,10 @@ impl Source {
         let reading = self.connection.transaction().map_err(fail("read", "the change table"))?;
         for table in used_tables(input)? {
             let capture = read_capture(&reading, table)?;
-            let stands_at = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(&table.name));
-            let needed_after = stands_at.copied().chain([self.head]).min().unwrap_or_default();
-            let is_moved =
-                checkpoints.iter().any(|checkpoint| checkpoint.get(&table.name).is_some_and(|id| *id != self.head));
-            if is_moved && capture.pruned_to > needed_after {
+            let stands_at = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(&table.name).copied());
+            let (oldest, newest) =
+                stands_at.fold((self.head, self.head), |(oldest, newest), id| (oldest.min(id), newest.max(id)));
+            if oldest < newest && capture.pruned_to > oldest || lacks_changes(&reading, &capture, oldest, newest)? {
                 return Err(catch_up_first(&table.name));
             }
             load_images(&reading, scratch, table, &capture)?;
@@ -170,10 +169,33 @@ fn used_tables(input: &VerifyInput) -> Result<Vec<&TableInput>> {
 
 /// The newest change ever, whether or not it is still kept.
 fn read_head(reading: &Transaction<'_>) -> Result<u64> {
-    let query = "select seq from sqlite_sequence where name = '_shori_changes'";
-    let head: Option<i64> =
-        reading.query_row(query, [], |row| row.get(0)).optional().map_err(fail("read", "the change table"))?;
-    Ok(head.unwrap_or(0).max(0) as u64)
+    let query = "
+        select max(
+            ifnull((select seq from sqlite_sequence where name = '_shori_changes'), 0),
+            ifnull((select max(id) from _shori_changes), 0)
+        )
+    ";
+    let head: i64 = reading.query_row(query, [], |row| row.get(0)).map_err(fail("read", "the change table"))?;
+    Ok(head.max(0) as u64)
+}
+
+/// Whether changes between went by without an image.
+fn lacks_changes(reading: &Transaction<'_>, capture: &Capture, oldest: u64, newest: u64) -> Result<bool> {
+    let query = format!(
+        "
+        select exists (
+            select 1
+            from _shori_changes
+            where capture = ?1
+                and id > ?2
+                and id <= ?3
+                and op not in ({IMAGE_OPS})
+        )
+        "
+    );
+    reading
+        .query_row(&query, [capture.number, oldest as i64, newest as i64], |row| row.get(0))
+        .map_err(fail("read", "the change table"))
 }
 
 #[derive(Deserialize)]
