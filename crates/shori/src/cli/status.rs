@@ -91,7 +91,7 @@ select
     source_name,
     capture_instance,
     lower(hex(last_ingested_lsn)),
-    failed
+    failed_reason
 from ctl_ingestion_watermarks
 order by source_name, capture_instance";
 

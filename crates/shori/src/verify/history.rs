@@ -25,6 +25,7 @@ pub(super) fn check(
     let live = format!("{schema}.{}", quote_name(&table.name));
     report.rows_expected = scratch.number(&format!("select count(*) from {live}"))?;
     report.rows_found = scratch.number(&format!("select count(*) from {found}"))?;
+    own_names_aside(scratch, table, &found, &report.projection)?;
     if !has_columns(scratch, table, key, report)? {
         return Ok(());
     }
@@ -36,6 +37,21 @@ pub(super) fn check(
         report.findings.extend(scratch.finding(kind, &query)?);
     }
     count(scratch, &versions, &table.name, source, report)
+}
+
+/// A source's column with the name of one of the store's own is published under another name; here it takes its own
+/// name again, in the place of the store's.
+fn own_names_aside(scratch: &Scratch, table: &TableInput, found: &str, projection: &str) -> Result<()> {
+    let names = scratch.columns("found", projection)?;
+    for column in &table.columns {
+        let published = format!("{}__source", column.name);
+        if names.iter().any(|(name, _)| *name == published) {
+            let (own, published) = (quote_name(&column.name), quote_name(&published));
+            scratch.execute(&format!("alter table {found} drop column {own}"))?;
+            scratch.execute(&format!("alter table {found} rename column {published} to {own}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn has_columns(scratch: &Scratch, table: &TableInput, key: &[String], report: &mut ProjectionReport) -> Result<bool> {
