@@ -43,7 +43,7 @@ impl Verify {
 /// How long a running pipeline is given to show what the source holds.
 const CATCH_UP: Duration = Duration::from_secs(60);
 
-/// Reads what is served through the pipeline's process, or from its files.
+/// Reads what is served through the pipeline's process.
 struct Served<'a> {
     loaded: &'a Loaded,
     reach: Reach,
@@ -58,7 +58,11 @@ impl Serving for Served<'_> {
 pub fn verify(loaded: &Loaded) -> Result<Report> {
     let reach = Reach::new(loaded)?;
     let input = input(loaded, reach.is_running())?;
-    check::verify(&input, &mut Served { loaded, reach })
+    match &reach {
+        // A connection reads part by part, in memory that does not grow with the rows.
+        Reach::Files(opened) => check::verify(&input, &mut opened.database.connect(&loaded.staging()?.name)?),
+        Reach::Running(_) => check::verify(&input, &mut Served { loaded, reach }),
+    }
 }
 
 fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
