@@ -12,12 +12,13 @@ use shori_core::position::{CaptureId, Micros, Position};
 use shori_core::source::{BatchLimit, Rejected, SnapshotProgress, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
 
-use crate::bookmark::{self, KeyValue};
+use crate::bookmark;
 use crate::connection::{quote_name, sqlite_error};
 use crate::cursor::Capture;
 use crate::decode::{self, BatchBuilder};
 use crate::install::Layout;
 use crate::positions;
+use crate::table::KeyColumn;
 
 /// Rows of one capture, read at one place in the stream.
 pub(crate) struct Chunk {
@@ -129,21 +130,30 @@ impl Reader<'_> {
                 Err(error) => return Ok(Err(error)),
             },
         };
-        let mut statement = connection.prepare_cached(&query(layout, &after))?;
-        let mut rows = statement.query(params_from_iter(after.iter()))?;
-        while let Some(row) = rows.next()? {
-            if self.rows as usize >= limit.rows || self.bytes >= limit.bytes {
-                return Ok(Ok(false));
+        // Rows that follow a composite key: those that are equal in all but its last column, then in all but the last
+        // two, and so on. Each is one range of the index, which a comparison of whole keys is not always to SQLite.
+        let (first, mut equal) = (self.rows, after.len().saturating_sub(1));
+        loop {
+            let mut statement = connection.prepare_cached(&query(layout, !after.is_empty(), equal))?;
+            let mut rows = statement.query(params_from_iter(after.iter().take(equal + 1)))?;
+            while let Some(row) = rows.next()? {
+                let read = (self.rows - first) as usize;
+                if read >= limit.rows || (read > 0 && self.bytes >= limit.bytes) {
+                    return Ok(Ok(false));
+                }
+                if let Err(error) = self.push(row)? {
+                    return Ok(Err(error));
+                }
+                resume.clear();
+                for key in &layout.table.key {
+                    bookmark::push(resume, row.get_ref(key.column)?);
+                }
             }
-            if let Err(error) = self.push(row)? {
-                return Ok(Err(error));
-            }
-            resume.clear();
-            for key in &layout.table.key {
-                bookmark::push(resume, row.get_ref(key.column)?);
+            match equal.checked_sub(1) {
+                Some(fewer) => equal = fewer,
+                None => return Ok(Ok(true)),
             }
         }
-        Ok(Ok(true))
     }
 
     fn push(&mut self, row: &Row<'_>) -> rusqlite::Result<Result<()>> {
@@ -169,22 +179,20 @@ fn columns(layout: &Layout) -> String {
     columns.map(|column| quote_name(&column.name)).collect::<Vec<_>>().join(", ")
 }
 
-/// All rows in key order, after the bookmarked key if there is one.
-fn query(layout: &Layout, after: &[KeyValue]) -> String {
+/// Rows in key order: all, or those that equal the bookmarked key in its first `equal` columns and are above it in the
+/// next one.
+fn query(layout: &Layout, bookmarked: bool, equal: usize) -> String {
     let table = &layout.table;
-    let collated = |name: String, collation: &str| match table.key_is_rowid {
+    let collated = |(name, key): (String, &KeyColumn)| match table.key_is_rowid {
         true => name,
-        false => format!("{name} collate {}", quote_name(collation)),
+        false => format!("{name} collate {}", quote_name(&key.collation)),
     };
-    let names = table.key_names().into_iter().zip(&table.key);
-    let key: Vec<String> = names.map(|(name, key)| collated(name, &key.collation)).collect();
-    let mut conditions: Vec<String> = (table.key_names().into_iter().zip(&table.key))
-        .filter(|(_, key)| key.nullable)
-        .map(|(name, _)| format!("{name} is not null"))
-        .collect();
-    if !after.is_empty() {
-        let marks = vec!["?"; after.len()].join(", ");
-        conditions.push(format!("({}) > ({marks})", key.join(", ")));
+    let key: Vec<String> = table.key_names().into_iter().zip(&table.key).map(collated).collect();
+    let nullable = table.key_names().into_iter().zip(&table.key).filter(|(_, key)| key.nullable);
+    let mut conditions: Vec<String> = nullable.map(|(name, _)| format!("{name} is not null")).collect();
+    if bookmarked {
+        conditions.extend(key.iter().take(equal).map(|column| format!("{column} = ?")));
+        conditions.extend(key.iter().skip(equal).take(1).map(|column| format!("{column} > ?")));
     }
     let condition = if conditions.is_empty() { "true".into() } else { conditions.join(" and ") };
     format!("select {} from {} where {condition} order by {}", columns(layout), table.quoted(), key.join(", "))

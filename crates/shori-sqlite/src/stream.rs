@@ -33,7 +33,7 @@ pub(crate) fn step(
     mut cursor: Cursor,
     limit: BatchLimit,
 ) -> Result<(SourceBatch, Cursor)> {
-    let limit = BatchLimit { rows: limit.rows.max(1), bytes: limit.bytes.min(BATCH_BYTES_MAX) };
+    let limit = BatchLimit { rows: limit.rows.max(1), bytes: limit.bytes.clamp(1, BATCH_BYTES_MAX) };
     let mut batch = SourceBatch::empty(cursor.watermark);
     if cursor.target.is_none() {
         look(database, config, &mut cursor, limit, &mut batch)?;

@@ -114,6 +114,11 @@ fn a_table_with_more_keyless_rows_than_a_chunk_holds_stops_itself_only() {
          create table u (id integer primary key); insert into u values (1);",
         vec![SqliteTable::new("t"), SqliteTable::new("u")],
     );
+    fixture.config.snapshot_chunk_rows = 3;
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    reader.drain(ALL);
+    assert_eq!((reader.rejected.len(), reader.failed.len()), (3, 0));
     fixture.config.snapshot_chunk_rows = 2;
     let mut reader = fixture.reader();
     reader.start().unwrap();
