@@ -26,7 +26,7 @@ pub const PROJECT_AFTER_SETTLE: &str = "project.after_settle";
 pub const PROJECT_AFTER_FORGET: &str = "project.after_forget";
 /// One capture's log is compacted, the next one's is not.
 pub const COMPACT_BETWEEN: &str = "compact.between_captures";
-/// Rows of an append are written, its watermark is not, nothing is committed.
+/// Part of an append is written, nothing is committed.
 pub const STORE_INSIDE_APPEND: &str = "store.inside_append";
 /// Rows of an output are written, its checkpoint is not, nothing is committed.
 pub const STORE_INSIDE_OUTPUT: &str = "store.inside_output";

@@ -13,7 +13,7 @@ use shori_core::change::ChangeBatch;
 use shori_core::position::{CaptureId, Micros, Position, SortKey, Watermark};
 use shori_core::source::{CaptureInfo, Rejected, SnapshotProgress};
 use shori_core::store::{Append, Appended};
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::captures::{self, id_values, unknown};
 use super::layout;
@@ -106,6 +106,7 @@ fn append_once(session: &Session, append: &OwnedAppend) -> Result<Appended> {
         }
         rows += stage(session, batch, known, ingested_at)?;
     }
+    failpoint::reached(failpoint::STORE_INSIDE_APPEND);
     for (id, progress) in &append.snapshots {
         captures::put_snapshot(session, id, progress)?;
     }

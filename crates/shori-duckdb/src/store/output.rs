@@ -11,7 +11,7 @@ use duckdb::types::Value;
 use shori_core::position::{Lsn, Micros, Position, Positions};
 use shori_core::projection::Target;
 use shori_core::store::{Committed, OutputCommit, OutputKind, OutputReader, OutputRows};
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::append::append_rows;
 use super::history::Versions;
@@ -238,6 +238,7 @@ impl OpenOutput {
             (None, OutputKind::Replace) => self.replace()?,
             (None, _) => self.merge()?,
         };
+        failpoint::reached(failpoint::STORE_INSIDE_OUTPUT);
         let table = &step.target.projection;
         target::put_checkpoint(session, table, self.stored.as_ref(), &step.checkpoint)?;
         let values = [
