@@ -5,4 +5,5 @@ mod store_compact;
 mod store_errors;
 mod store_log;
 mod store_output;
+mod transform_contract;
 mod transform_random;
