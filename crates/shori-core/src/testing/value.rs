@@ -8,7 +8,7 @@ use arrow::array::{
 };
 use arrow::datatypes::{
     DataType, Date32Type, Decimal128Type, Fields, Float32Type, Float64Type, Int16Type, Int32Type, Int64Type, Schema,
-    Time64MicrosecondType, TimeUnit, TimestampMicrosecondType,
+    Time64MicrosecondType, TimeUnit, TimestampMicrosecondType, UInt8Type,
 };
 
 /// One value. Dates, times and timestamps are counts (days, microseconds), decimals unscaled: 12.50 of scale 2 is 1250.
@@ -77,6 +77,7 @@ pub fn value_at(array: &ArrayRef, index: usize) -> Value {
     }
     match array.data_type() {
         DataType::Boolean => Value::Boolean(array.as_boolean().value(index)),
+        DataType::UInt8 => Value::Integer(array.as_primitive::<UInt8Type>().value(index).into()),
         DataType::Int16 => Value::Integer(array.as_primitive::<Int16Type>().value(index).into()),
         DataType::Int32 => Value::Integer(array.as_primitive::<Int32Type>().value(index).into()),
         DataType::Int64 => Value::Integer(array.as_primitive::<Int64Type>().value(index)),
