@@ -1,13 +1,13 @@
 //! How long a change takes from its source commit to the commit of every projection that shows it.
 
-use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use shori_core::event::{CommitRun, Event};
 use shori_core::pipeline::now;
-use shori_core::position::Position;
+use shori_core::position::{Micros, Position};
 
 /// Longest time that is told apart, in microseconds: one hour.
 const LONGEST_US: u64 = 3_600_000_000;
@@ -30,15 +30,22 @@ pub struct Freshness {
 
 struct Inner {
     waiting: VecDeque<CommitRun>,
-    shown: std::collections::BTreeMap<std::sync::Arc<str>, Position>,
+    shown: BTreeMap<Arc<str>, Shown>,
     histogram: Option<Histogram<u64>>,
     projected: u64,
+}
+
+/// Where a projection stands.
+#[derive(Clone, Copy)]
+struct Shown {
+    position: Position,
+    as_of_time: Micros,
 }
 
 impl Freshness {
     pub fn new(projections: usize) -> Self {
         let histogram = Histogram::new_with_bounds(1, LONGEST_US, 3).ok();
-        let inner = Inner { waiting: VecDeque::new(), shown: Default::default(), histogram, projected: 0 };
+        let inner = Inner { waiting: VecDeque::new(), shown: BTreeMap::new(), histogram, projected: 0 };
         Self { projections, inner: Mutex::new(inner) }
     }
 
@@ -51,9 +58,10 @@ impl Freshness {
                     inner.waiting.pop_front();
                 }
             }
-            Event::Projected { projection, positions, .. } => {
+            Event::Projected { projection, positions, as_of_time, .. } => {
                 let Some(position) = positions.values().min() else { return };
-                inner.shown.insert(projection.clone(), *position);
+                let shown = Shown { position: *position, as_of_time: *as_of_time };
+                inner.shown.insert(projection.clone(), shown);
                 if inner.shown.len() >= self.projections {
                     inner.count();
                 }
@@ -67,6 +75,13 @@ impl Freshness {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).projected
     }
 
+    /// Microseconds since the newest source commit that the projection shows; on an idle source this grows although
+    /// nothing is missing. `None` before its first output.
+    pub fn age(&self, projection: &str) -> Option<Micros> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.shown.get(projection).map(|shown| now() - shown.as_of_time)
+    }
+
     pub fn percentiles(&self) -> Percentiles {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(histogram) = &inner.histogram else { return Percentiles::default() };
@@ -77,7 +92,7 @@ impl Freshness {
 
 impl Inner {
     fn count(&mut self) {
-        let Some(shown) = self.shown.values().min().copied() else { return };
+        let Some(shown) = self.shown.values().map(|shown| shown.position).min() else { return };
         let time = now();
         // Runs of several captures are interleaved, so what is still waiting may stand among what is shown.
         let mut rest = VecDeque::with_capacity(self.waiting.len());

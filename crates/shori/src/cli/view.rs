@@ -116,9 +116,10 @@ impl View {
         let projection_rows = progress.checkpoints.iter().map(|(name, checkpoint)| {
             let at = checkpoint.as_ref().and_then(|checkpoint| checkpoint.values().next());
             let at = at.and_then(|at| at.lsn.to_u64()).map_or("-".into(), |at| at.to_string());
-            Row::new([name.to_string(), at, progress.failed.get(name).cloned().unwrap_or("OK".into()), String::new()])
+            let age = self.counts.freshness.age(name).map_or("-".into(), |age| format!("{:.0} ms", age as f64 / 1000.0));
+            Row::new([name.to_string(), at, age, progress.failed.get(name).cloned().unwrap_or("OK".into())])
         });
-        frame.render_widget(table(projection_rows.collect(), ["projection", "as of change", "status", ""], "projections"), shown);
+        frame.render_widget(table(projection_rows.collect(), ["projection", "as of change", "since its commit", "status"], "projections"), shown);
         let cell = |row: &Vec<Option<String>>, index: usize| row.get(index).cloned().flatten().unwrap_or_default();
         let kpi_rows = kpi.iter().map(|row| Row::new([format!("{}  {}", cell(row, 0), cell(row, 1)), cell(row, 2), cell(row, 3), cell(row, 4)]));
         frame.render_widget(table(kpi_rows.collect(), ["minute, segment", "orders", "ordered", "paid"], "newest KPI rows"), newest);
