@@ -9,6 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
+/// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
+/// enough for a quick start after a crash.
+const WAL_AUTOCHECKPOINT: &str = "64MiB";
+
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -34,6 +38,7 @@ impl Database {
         let config = Config::default()
             .with("autoinstall_known_extensions", "false")
             .and_then(|config| config.with("autoload_known_extensions", "false"))
+            .and_then(|config| config.with("wal_autocheckpoint", WAL_AUTOCHECKPOINT))
             .and_then(|config| config.with("memory_limit", format!("{}MiB", settings.memory_limit_mib)))
             .and_then(|config| config.with("threads", settings.threads.to_string()))
             .and_then(|config| config.with("temp_directory", settings.spill_directory.display().to_string()))

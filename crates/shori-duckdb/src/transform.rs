@@ -34,7 +34,7 @@ use shori_core::position::{CaptureId, Position, Positions};
 use shori_core::projection::{Derivation, Projection};
 use shori_core::store::OutputKind;
 use shori_core::transform::{Advanced, Applied, CaptureAdvance, Computed, LogReader, StateTable, Transform};
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::{Error, ErrorKind, Result, failpoint};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 use self::advance::Kept;
@@ -209,6 +209,7 @@ fn apply(session: &Session, shared: &Shared, legs: &[Leg], mut staging: Staging)
             let rows = advance::apply(session, staged, legs, Kept { step, nets })?;
             kept_rows.insert(name.clone(), (rows, nets, staged.table.has_history));
         }
+        failpoint::reached(failpoint::TRANSFORM_INSIDE_ADVANCE);
         for leg in legs {
             // Several captures of a table share its count: it is told once.
             let (rows, nets, versions) = match kept_rows.get_mut(&leg.table.name) {

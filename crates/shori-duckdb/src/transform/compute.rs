@@ -196,7 +196,7 @@ impl Computation<'_> {
 
     fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, sets: &mut Sets) -> Result<Laid> {
         let settled = settle::settled(self.session, self.projection)?;
-        let stands = settled.is_some() && settled.as_ref() == self.since;
+        let stands = settled.is_some() && (settled.as_ref() == self.since || !settle::keeps_result(sql));
         let (Some(ranges), true) = (ranges, stands) else {
             query::run(
                 self.session,

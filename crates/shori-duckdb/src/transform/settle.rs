@@ -2,7 +2,7 @@
 
 use shori_core::position::{CaptureId, Position, Positions};
 use shori_core::projection::{Derivation, Maintenance, Measures, Projection, SqlProjection};
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::compute::{Place, target};
 use super::layout::{LIVE, Layout, result_table};
@@ -19,11 +19,12 @@ pub(super) struct Pending {
 }
 
 /// Whether the projection's next output is derived from its last result.
-fn keeps_result(sql: &SqlProjection) -> bool {
+pub(super) fn keeps_result(sql: &SqlProjection) -> bool {
     !matches!(sql.maintenance, Maintenance::ByEntity { measures: Measures::PerEntity, .. })
 }
 
-/// The checkpoint that the kept result belongs to.
+/// The checkpoint that the kept result belongs to. Where no result is kept, any checkpoint: that there is one tells that
+/// the target was made by this very definition.
 pub(super) fn settled(session: &Session, projection: &Projection) -> Result<Option<Positions>> {
     let stored = session.rows(
         &format!("select checkpoint from settled where projection = {}", quote_text(&projection.name)),
@@ -46,14 +47,19 @@ pub(super) fn settle(
     if let (Some(pending), Some(shape)) = (pending, shape)
         && pending.positions == *checkpoint
     {
+        if !keeps_result(sql) && settled(session, projection)?.is_some() {
+            return Ok(());
+        }
         return session.transaction(|| {
             if keeps_result(sql) {
                 take_over(session, projection, shape, pending)?;
             }
+            failpoint::reached(failpoint::TRANSFORM_INSIDE_SETTLE);
             mark(session, projection, checkpoint)
         });
     }
-    if settled(session, projection)?.as_ref() == Some(checkpoint) {
+    let settled = settled(session, projection)?;
+    if settled.as_ref() == Some(checkpoint) || (settled.is_some() && !keeps_result(sql)) {
         return Ok(());
     }
     if !keeps_result(sql) {
