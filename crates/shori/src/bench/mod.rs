@@ -120,7 +120,7 @@ pub struct Request {
     pub keep: bool,
 }
 
-/// Runs a suite; progress goes to stderr.
+/// Runs a suite; progress goes to stderr. A figure that fails is reported as such, and the others are measured.
 pub fn run(request: &Request) -> Result<Report> {
     let suite = suite(&request.suite)?;
     if !(request.scale.is_finite() && request.scale > 0.0 && request.scale <= 1.0) {
@@ -150,7 +150,10 @@ pub fn run(request: &Request) -> Result<Report> {
     let mut figures = Vec::new();
     for figure in suite.figures {
         if chosen.iter().any(|chosen| chosen.name == figure.name) {
-            figures.push(measure(suite, figure, &place)?);
+            figures.push(measure(suite, figure, &place).unwrap_or_else(|error| {
+                eprintln!("{}: {error}", figure.name);
+                FigureReport::failed(figure.name, figure.unit, figure.bound, &error)
+            }));
         } else if request.figures.is_empty() {
             let why = format!("not run: takes long; ask with --figure {}", figure.name);
             figures.push(FigureReport::not_run(figure.name, figure.unit, figure.bound, why));

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use shori_core::Error;
 
 use super::machine::{COMMIT, Machine};
 
@@ -74,6 +75,8 @@ pub struct FigureReport {
     pub note: Option<String>,
     #[serde(skip)]
     bound: Option<Bound>,
+    #[serde(skip)]
+    failed: bool,
 }
 
 impl FigureReport {
@@ -96,7 +99,12 @@ impl FigureReport {
             parts: parts.into_iter().map(|(name, value)| (name, rounded(value))).collect(),
             note,
             bound: Some(bound),
+            failed: false,
         }
+    }
+
+    pub fn failed(name: &str, unit: &str, bound: Bound, error: &Error) -> Self {
+        Self { failed: true, ..Self::not_run(name, unit, bound, format!("not measured: {error}")) }
     }
 
     pub fn not_run(name: &str, unit: &str, bound: Bound, why: String) -> Self {
@@ -111,6 +119,7 @@ impl FigureReport {
             parts: BTreeMap::new(),
             note: Some(why),
             bound: Some(bound),
+            failed: false,
         }
     }
 }
@@ -140,6 +149,11 @@ pub struct Report {
 impl Report {
     pub fn new(suite: &str, figures: Vec<FigureReport>) -> Self {
         Self { suite: suite.into(), machine: Machine::here(), commit: COMMIT, figures }
+    }
+
+    /// Whether every figure that was asked for could be measured.
+    pub fn is_complete(&self) -> bool {
+        !self.figures.iter().any(|figure| figure.failed)
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use serde::{Deserialize, Serialize};
 use shori_core::{Error, ErrorKind, Result};
 
-use super::machine::peak_resident_mb;
+use super::machine::{peak_resident_mb, processor_seconds};
 use super::{Measured, Place};
 
 /// What a task's process prints as its only line.
@@ -13,18 +13,23 @@ use super::{Measured, Place};
 struct Answer {
     measured: Measured,
     peak_resident_mb: f64,
+    processor_s: f64,
 }
 
 /// The part that tells the peak resident memory of a task's process.
 pub const PEAK_RESIDENT_MB: &str = "peak_resident_mb";
 
-/// Prints what this process measured, with its peak memory.
+/// The part that tells the processor time of a task's process: on a busy machine it says more than time does.
+const PROCESSOR_S: &str = "processor_s";
+
+/// Prints what this process measured, with what it took.
 pub fn answer(measured: &Measured) -> Result<()> {
-    let answer = Answer { measured: measured.clone(), peak_resident_mb: peak_resident_mb() };
+    let (peak_resident_mb, processor_s) = (peak_resident_mb(), processor_seconds());
+    let answer = Answer { measured: measured.clone(), peak_resident_mb, processor_s };
     crate::cli::print_json(&answer)
 }
 
-/// Runs a task and waits for it. What it measured has its peak memory among its parts.
+/// Runs a task and waits for it. What it measured has what its process took among its parts.
 pub fn run(place: &Place, suite: &str, name: &str) -> Result<Measured> {
     eprintln!("{name} ...");
     let fail = |cause: String| Error::new(ErrorKind::Refused, "run", format!("benchmark task {name}"), cause);
@@ -41,5 +46,5 @@ pub fn run(place: &Place, suite: &str, name: &str) -> Result<Measured> {
         return Err(fail(format!("it ended with {}", output.status)));
     }
     let answer: Answer = serde_json::from_slice(&output.stdout).map_err(|cause| fail(cause.to_string()))?;
-    Ok(answer.measured.part(PEAK_RESIDENT_MB, answer.peak_resident_mb))
+    Ok(answer.measured.part(PEAK_RESIDENT_MB, answer.peak_resident_mb).part(PROCESSOR_S, answer.processor_s))
 }

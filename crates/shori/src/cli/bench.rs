@@ -54,6 +54,6 @@ impl Bench {
         } else {
             print!("{report}");
         }
-        Ok(ExitCode::SUCCESS)
+        Ok(ExitCode::from(u8::from(!report.is_complete())))
     }
 }

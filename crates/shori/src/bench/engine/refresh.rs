@@ -2,8 +2,9 @@
 //!
 //! Changes go through the source and the production ingestor into the log. Timed from there: state update, output, its
 //! commit, settling. The floor is the projection's own query over the same state into a durable table, in the same DuckDB
-//! with the same memory and threads, in turns with the refreshes; both numbers are medians. State is kept for all
-//! projections of the demo, whose own outputs are brought up to date between the rounds, untimed.
+//! with the same memory and threads, in turns with the refreshes; both numbers are medians. With the pipeline's small
+//! memory the full query spills, so it is also told what it takes with plenty. State is kept for all projections of the
+//! demo, whose own outputs are brought up to date between the rounds, untimed.
 
 use std::ops::RangeInclusive;
 use std::time::Instant;
@@ -70,7 +71,7 @@ fn measure(place: &Place, world: &World, orders: RangeInclusive<u64>, seed: u64)
     let connection = drive::open_source(&loaded)?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let changes = CHANGES.min(place.rows(CHANGES * 10));
-    let mut rounds = Vec::with_capacity(ROUNDS);
+    let (mut rounds, mut plenty) = (Vec::with_capacity(ROUNDS), 0.0);
     cli::block_on(async {
         let mut engine = Engine::open(&loaded).await?;
         let floor = Floor::open(&engine, &loaded)?;
@@ -88,6 +89,7 @@ fn measure(place: &Place, world: &World, orders: RangeInclusive<u64>, seed: u64)
                 rounds.push(measured);
             }
         }
+        plenty = floor.compute_with_plenty(loaded.config.memory.limit_mib)?;
         floor.close()
     })?;
     let median = |part: fn(&Round) -> f64| median(rounds.iter().map(part));
@@ -97,7 +99,8 @@ fn measure(place: &Place, world: &World, orders: RangeInclusive<u64>, seed: u64)
         .part("compute_s", median(|round| round.output.compute.as_secs_f64()))
         .part("commit_s", median(|round| round.output.commit.as_secs_f64()))
         .part("settle_s", median(|round| round.output.settle.as_secs_f64()))
-        .part("rows_written", median(|round| round.output.rows as f64)))
+        .part("rows_written", median(|round| round.output.rows as f64))
+        .part("full_with_2_gib_s", plenty))
 }
 
 async fn refresh(engine: &mut Engine, floor: &Floor) -> Result<Round> {
@@ -188,6 +191,14 @@ impl Floor {
         let begun = Instant::now();
         self.run(&format!("create table {RESULT} as\n{}", self.text))?;
         Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// The same, the memory limit raised meanwhile; the faster of two.
+    fn compute_with_plenty(&self, usual_mib: u64) -> Result<f64> {
+        self.run("set memory_limit = '2GiB'")?;
+        let seconds = self.compute()?.min(self.compute()?);
+        self.run(&format!("set memory_limit = '{usual_mib}MiB'"))?;
+        Ok(seconds)
     }
 
     fn close(self) -> Result<()> {
