@@ -51,6 +51,8 @@ test: setup ## All tests: unit, contract, end to end, simulation, torture
 lint: setup ## Formatting, clippy, crate edges, licences
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@command -v cargo-deny >/dev/null || { echo "Installing cargo-deny"; $(CARGO) install cargo-deny --locked --version 0.20.2 --quiet; }
+	$(CARGO) deny --log-level error check licenses bans sources
 	@scripts/check_links.sh
 
 .PHONY: simulate
