@@ -2,6 +2,7 @@
 
 mod store;
 mod store_compact;
+mod store_contract;
 mod store_errors;
 mod store_log;
 mod store_output;
