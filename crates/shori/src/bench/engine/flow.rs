@@ -27,6 +27,9 @@ pub(super) const RATE: u64 = 5_000;
 /// A pipeline that is so far behind when the generator ends does not keep up.
 const CATCH_UP_MAX: Duration = Duration::from_secs(120);
 
+/// Longest time that is told apart, in microseconds: one hour.
+const LONGEST_US: u64 = 3_600_000_000;
+
 /// What a run under load brought.
 #[derive(Debug)]
 pub(super) struct Flow {
@@ -57,7 +60,7 @@ pub(super) async fn run(place: &Place, warm_up: Duration, measured: Duration) ->
     let watch = Arc::new(Watch {
         warm: AtomicBool::new(false),
         freshness: Freshness::new(loaded.config.projections.len()),
-        seen: Mutex::new(Seen { appended: Histogram::new(3).ok(), work: BTreeMap::new() }),
+        seen: Mutex::new(Seen { appended: Histogram::new_with_bounds(1, LONGEST_US, 3).ok(), work: BTreeMap::new() }),
     });
     let watching = watch.clone();
     let events = Events::new(move |event| watching.listen(event));
