@@ -180,7 +180,7 @@ fn sql_projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<SqlP
     let maintenance = match &configured.entity {
         None => Maintenance::Recompute,
         Some(paths) => {
-            for table in paths.keys().filter(|table| !configured.tables.contains(table)) {
+            if let Some(table) = paths.keys().find(|table| !configured.tables.contains(table)) {
                 return Err(wrong(&format!("its entity names table {table}, which is not among its tables")));
             }
             if let Some(table) = configured.tables.iter().find(|table| !paths.contains_key(*table)) {

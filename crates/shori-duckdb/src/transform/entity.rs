@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shori_core::Result;
-use shori_core::projection::{Derivation, Entity, EntityPath, Maintenance};
+use shori_core::projection::{Derivation, Entity, EntityPath, Maintenance, SqlProjection};
 
 use super::layout::Layout;
-use super::query::used_columns;
+use super::query::{used_columns, uses_lsn};
 use super::session::{Session, WORK};
 use super::steps::Ranges;
 use super::tables::{Table, comma, lsn_bytes, lsn_parts};
@@ -133,7 +133,7 @@ impl Builder<'_> {
                 }
                 EntityPath::Through { own_column, .. } => {
                     let own = quote_name(own_column);
-                    let values = format!("select {own} as value from {old} union select {own} from {new}");
+                    let values = self.moved(table, &own, &old, &new);
                     parts.extend(self.reached(path, values)?);
                 }
             }
@@ -143,6 +143,32 @@ impl Builder<'_> {
             parts.join(" union all ")
         ))?;
         self.session.number("select count(*) from __entities")
+    }
+
+    /// Join values of the rows in which something changed that a query can mean: a row that leads to many entities should
+    /// not touch them all for a change that none of them shows.
+    fn moved(&self, table: &Table, own: &str, old: &str, new: &str) -> String {
+        let mut columns = self.columns(table);
+        columns.extend(table.key.iter().copied().filter(|index| !columns.contains(index)).collect::<Vec<_>>());
+        let mut names: Vec<String> = columns.iter().map(|&index| table.name_of(index)).collect();
+        if self.queries().any(|sql| uses_lsn(sql, table)) {
+            names.push(lsn_parts(""));
+        }
+        let list = comma(names.into_iter());
+        let less = |left: &str, right: &str| format!("(select {list} from {left} except select {list} from {right})");
+        format!("select {own} as value from {} union select {own} from {}", less(old, new), less(new, old))
+    }
+
+    /// The queries that are maintained by this entity.
+    fn queries(&self) -> impl Iterator<Item = &SqlProjection> {
+        self.layout.projections.values().filter_map(|projection| match &projection.derivation {
+            Derivation::Sql(sql) => {
+                let same =
+                    matches!(&sql.maintenance, Maintenance::ByEntity { entity, .. } if *entity == self.scope.entity);
+                same.then_some(sql)
+            }
+            _ => None,
+        })
     }
 
     /// The entities that rows with these join `values` lead to; none if there are no values.
@@ -258,13 +284,9 @@ impl Builder<'_> {
                 }
             }
         }
-        for projection in self.layout.projections.values() {
-            if let Derivation::Sql(sql) = &projection.derivation
-                && matches!(&sql.maintenance, Maintenance::ByEntity { entity, .. } if *entity == self.scope.entity)
-            {
-                for (index, is_used) in used_columns(sql, table).into_iter().enumerate() {
-                    used[index] |= is_used;
-                }
+        for sql in self.queries() {
+            for (index, is_used) in used_columns(sql, table).into_iter().enumerate() {
+                used[index] |= is_used;
             }
         }
         (0..used.len()).filter(|&index| used[index]).collect()

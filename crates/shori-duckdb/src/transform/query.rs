@@ -228,26 +228,101 @@ fn check_paths(
     Ok(())
 }
 
+/// What a query's text can mean, told from its words: enough to leave out what it cannot.
+pub(super) struct Words {
+    words: Vec<String>,
+    tables: Vec<String>,
+    /// All columns are meant.
+    whole: bool,
+}
+
+impl Words {
+    pub fn of(sql: &SqlProjection) -> Self {
+        let is_part = |c: char| c.is_alphanumeric() || c == '_' || c == '$';
+        let text = sql.text.to_lowercase();
+        let pieces = text.split_inclusive(|c: char| !is_part(c)).flat_map(|piece| {
+            let end = piece.trim_end_matches(|c: char| !is_part(c));
+            [end, &piece[end.len()..]]
+        });
+        let words: Vec<String> = pieces.filter(|piece| !piece.trim().is_empty()).map(String::from).collect();
+        let opens_star = |before: &str| matches!(before.trim(), "select" | "," | "." | "(" | "distinct" | "all");
+        let star = words.windows(2).enumerate().any(|(at, pair)| {
+            let counts = at > 0 && words[at - 1] == "count" && pair[0].trim() == "(";
+            pair[1].trim() == "*" && opens_star(&pair[0]) && !counts
+        });
+        let whole = star || words.iter().any(|word| matches!(word.as_str(), "natural" | "columns"));
+        let tables = sql.tables.iter().map(|table| table.to_lowercase()).collect();
+        Self { words, tables, whole }
+    }
+
+    /// Whether `column` of `table` can be meant.
+    pub fn mean(&self, table: &str, column: &str) -> bool {
+        let (table, column) = (table.to_lowercase(), column.to_lowercase());
+        let odd = column.contains(|c: char| !(c.is_alphanumeric() || c == '_'));
+        let here = |at: &usize| self.words[*at] == column && !self.is_of_another(*at, &table);
+        self.whole || odd || (0..self.words.len()).any(|at| here(&at))
+    }
+
+    /// Whether the column at `at` is written as that of another table, by that one's own name.
+    fn is_of_another(&self, at: usize, table: &str) -> bool {
+        if at < 2 || self.words[at - 1].trim() != "." {
+            return false;
+        }
+        let named = &self.words[at - 2];
+        named != table && self.tables.contains(named) && !self.is_alias(named, table)
+    }
+
+    /// Whether `table` goes by the name of another one.
+    fn is_alias(&self, name: &str, table: &str) -> bool {
+        let follows = |at: usize, word: &str| self.words.get(at).is_some_and(|found| found == word);
+        (0..self.words.len())
+            .filter(|&at| self.words[at] == table)
+            .any(|at| follows(at + 1, name) || (follows(at + 1, "as") && follows(at + 2, name)))
+    }
+}
+
 /// Columns of `table` that the query can mean; all of them where it uses a star.
 pub(super) fn used_columns(sql: &SqlProjection, table: &Table) -> Vec<bool> {
-    let text = sql.text.to_lowercase();
-    let words: Vec<&str> = text
-        .split_inclusive(|c: char| !(c.is_alphanumeric() || c == '_' || c == '$'))
-        .flat_map(|piece| {
-            let end = piece.trim_end_matches(|c: char| !(c.is_alphanumeric() || c == '_' || c == '$'));
-            [end, &piece[end.len()..]]
+    let words = Words::of(sql);
+    table.columns.iter().map(|field| words.mean(&table.name, field.name())).collect()
+}
+
+/// Whether the query can mean the commit that left a row of `table` as it is.
+pub(super) fn uses_lsn(sql: &SqlProjection, table: &Table) -> bool {
+    Words::of(sql).mean(&table.name, "__lsn")
+}
+
+#[cfg(test)]
+mod tests {
+    use shori_core::projection::Maintenance;
+
+    use super::*;
+
+    fn words(text: &str) -> Words {
+        Words::of(&SqlProjection {
+            file: "test.sql".into(),
+            text: text.into(),
+            tables: vec!["orders".into(), "customers".into()],
+            key: vec!["id".into()],
+            maintenance: Maintenance::Recompute,
         })
-        .filter(|piece| !piece.trim().is_empty())
-        .collect();
-    let opens_star = |before: &str| matches!(before.trim(), "select" | "," | "." | "(" | "distinct" | "all");
-    let star = words.windows(2).enumerate().any(|(at, pair)| {
-        let counts = at > 0 && words[at - 1] == "count" && pair[0].trim() == "(";
-        pair[1].trim() == "*" && opens_star(pair[0]) && !counts
-    });
-    let whole = star || words.iter().any(|word| matches!(*word, "natural" | "columns"));
-    let is_used = |name: &str| {
-        let name = name.to_lowercase();
-        whole || words.contains(&name.as_str()) || name.contains(|c: char| !(c.is_alphanumeric() || c == '_'))
-    };
-    table.columns.iter().map(|field| is_used(field.name())).collect()
+    }
+
+    #[test]
+    fn a_column_written_as_that_of_another_table_is_not_meant() {
+        let query = words("select orders.id, orders.updated_at, Segment from orders left join customers using (id)");
+        assert!(query.mean("orders", "updated_at") && !query.mean("customers", "updated_at"));
+        assert!(query.mean("customers", "segment") && query.mean("orders", "segment"));
+        assert!(query.mean("customers", "id") && !query.mean("customers", "__lsn"));
+    }
+
+    #[test]
+    fn aliases_stars_and_quotes_mean_more() {
+        assert!(words("select orders.at from customers orders").mean("customers", "at"));
+        assert!(words("select orders.at from customers as orders").mean("customers", "at"));
+        assert!(words("select o.at from orders o, customers c").mean("customers", "at"));
+        assert!(words("select \"orders\".\"at\" from orders").mean("customers", "at"));
+        assert!(words("select orders.* from orders").mean("customers", "at"));
+        assert!(!words("select count(*) from orders").mean("customers", "at"));
+    }
 }

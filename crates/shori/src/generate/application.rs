@@ -19,6 +19,8 @@ const RECENT_IDS: i64 = 10_000;
 const DELETED_IDS_MAX: usize = 10_000;
 /// Draws until an order is inserted instead.
 const DRAWS_MAX: usize = 16;
+/// Share of customer updates that move the customer to another segment.
+const SEGMENT_CHANGES: f64 = 0.1;
 /// Of so many customers of orders, one does not exist.
 const UNKNOWN_CUSTOMER_ONE_IN: u32 = 500;
 const MINUTE_US: i64 = 60_000_000;
@@ -309,7 +311,7 @@ impl<'c> Application<'c> {
     fn update_customer(&mut self) -> Outcome {
         let id = self.customers.any(&mut self.rng);
         self.read_time();
-        let rows = if self.rng.random_bool(0.8) {
+        let rows = if self.rng.random_bool(SEGMENT_CHANGES) {
             let segment = draw_segment(&mut self.rng);
             self.statements.update_segment.execute(params![id, segment, self.time])?
         } else {
