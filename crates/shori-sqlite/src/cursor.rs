@@ -12,7 +12,7 @@ use shori_core::source::{Resume, SnapshotProgress, SnapshotState, SourceBatch, S
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::connection::Database;
-use crate::install::{self, Layout};
+use crate::install::{self, BEFORE, Layout};
 use crate::snapshot::Chunk;
 use crate::{SqliteConfig, positions, table};
 
@@ -65,6 +65,17 @@ pub(crate) fn newest_change(connection: &Connection) -> rusqlite::Result<i64> {
             ifnull((select max(id) from _shori_changes), 0)
         )";
     connection.prepare_cached(query)?.query_row([], |row| row.get(0))
+}
+
+/// Change rows that are looked at to count changes: beyond, an update counts as two.
+const COUNT_ROWS_MAX: i64 = 1_000_000;
+
+/// Changes above `after`, at or below `up_to`.
+pub(crate) fn count_changes(connection: &Connection, after: i64, up_to: i64) -> rusqlite::Result<u64> {
+    let query = "select count(*) from _shori_changes where id > ?1 and id <= ?2 and op <> ?3";
+    let near = up_to.min(after.saturating_add(COUNT_ROWS_MAX));
+    let counted: i64 = connection.prepare_cached(query)?.query_row([after, near, BEFORE], |row| row.get(0))?;
+    Ok((counted + (up_to - near).max(0)).unsigned_abs())
 }
 
 /// The newest change of this capture that has been pruned.

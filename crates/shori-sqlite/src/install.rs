@@ -6,8 +6,10 @@
 //! - `_shori_captures`: a row per table ever captured: its number, in which slot each column is kept, what its triggers
 //!   were made for, and up to which change its rows have been pruned.
 //! - `_shori_changes`: a row per row image, in commit order, for all captures. `op` as in [`shori_core::change::Op`], or
-//!   [`REREAD`]. Columns `v0 …` are the slots, as many as the widest capture needs; they have no declared type, so values
-//!   keep their storage class. A slot belongs to one column for ever. `autoincrement` keeps ids rising after pruning.
+//!   [`BEFORE`], or [`REREAD`]. A deletion holds the row as it was. An update has two rows, one after the other: the row
+//!   as it was (3 where its key is gone, else [`BEFORE`]), then as it is (4). Columns `v0 …` are the slots, as many as
+//!   the widest capture needs; they have no declared type, so values keep their storage class. A slot belongs to one
+//!   column for ever. `autoincrement` keeps ids rising after pruning.
 //! - `_shori_evicted`: scratch of the triggers, see [`crate::triggers`].
 //!
 //! # Following the tables
@@ -36,6 +38,10 @@ use crate::connection::{Database, quote_name};
 use crate::table::{self, Table};
 use crate::triggers::{self, NOW};
 use crate::{SqliteConfig, SqliteTable};
+
+/// `op` of a row as an update found it, where its key still stands. It belongs to the change that follows, and is no
+/// change itself.
+pub(crate) const BEFORE: i64 = 8;
 
 /// `op` of a change row that is no image: the capture's table must be read again.
 pub(crate) const REREAD: i64 = 9;

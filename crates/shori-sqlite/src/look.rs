@@ -43,6 +43,11 @@ pub fn log_end(config: &SqliteConfig) -> Result<Position> {
 /// Changes in the source's own log above `position`, over all captured tables.
 pub fn changes_above(config: &SqliteConfig, position: &Position) -> Result<u64> {
     let read_to = positions::change_at(position)?;
-    let newest = positions::change_at(&log_end(config)?)?;
-    Ok(newest.saturating_sub(read_to).max(0).unsigned_abs())
+    let database = Database::open(&config.path, config.busy_timeout)?;
+    let fail = database.fail("count changes of");
+    if !install::has_layout(&database.connection).map_err(&fail)? {
+        return Ok(0);
+    }
+    let newest = cursor::newest_change(&database.connection).map_err(&fail)?;
+    cursor::count_changes(&database.connection, read_to, newest).map_err(&fail)
 }

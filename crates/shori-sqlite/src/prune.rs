@@ -9,6 +9,7 @@ use rusqlite::{TransactionBehavior, params};
 use shori_core::Result;
 
 use crate::connection::{Database, is_busy};
+use crate::install::BEFORE;
 use crate::triggers::NOW;
 
 /// Change rows deleted in one transaction: bounds how long the application waits for the lock.
@@ -27,10 +28,11 @@ with oldest as materialized (
 select ifnull((select min(id) - 1 from oldest where at_us > ?3), (select max(id) from oldest))
 ";
 
+/// Only a lost change is a gap: a before image may go ahead of its own.
 const REMEMBER: &str = "
 update _shori_captures
 set pruned_to = pruned.id
-from (select capture, max(id) as id from _shori_changes where id <= ?1 group by capture) as pruned
+from (select capture, max(id) as id from _shori_changes where id <= ?1 and op <> ?2 group by capture) as pruned
 where pruned.capture = number and pruned.id > pruned_to
 ";
 
@@ -62,7 +64,7 @@ fn delete(database: &mut Database, acknowledged: i64, keep: Duration) -> rusqlit
             .prepare_cached(PRUNABLE)?
             .query_row(params![acknowledged, DELETE_MAX_ROWS, younger_than], |row| row.get(0))?;
         let Some(up_to) = up_to else { break };
-        transaction.prepare_cached(REMEMBER)?.execute([up_to])?;
+        transaction.prepare_cached(REMEMBER)?.execute([up_to, BEFORE])?;
         let rows = transaction.prepare_cached("delete from _shori_changes where id <= ?1")?.execute([up_to])?;
         transaction.commit()?;
         deleted += rows;

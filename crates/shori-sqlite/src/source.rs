@@ -146,7 +146,8 @@ impl Source for SqliteSource {
             let boundary = positions::of_change(newest)?.max(watermark.staged);
             // Changes that are pruned were read before.
             let time = if time == 0 { watermark.boundary_time } else { time };
-            let waiting = if cursor.from_head { None } else { Some((newest - staged).max(0).unsigned_abs()) };
+            let count = || cursor::count_changes(&database.connection, staged, newest).map_err(&fail);
+            let waiting = if cursor.from_head { None } else { Some(count()?) };
             Ok(Head { boundary, time, changes_waiting: waiting })
         })
         .await

@@ -15,7 +15,7 @@ use shori_core::{Error, ErrorKind, Result};
 use crate::connection::Database;
 use crate::cursor::{self, Cursor, Target};
 use crate::decode::{self, BatchBuilder};
-use crate::install::{self, REREAD};
+use crate::install::{self, BEFORE, REREAD};
 use crate::snapshot::{self, Place};
 use crate::triggers::NOW;
 use crate::{SqliteConfig, positions};
@@ -269,7 +269,11 @@ impl Changes {
 
     fn query(&self) -> String {
         let slots: String = (0..self.slots).map(|slot| format!(", v{slot}")).collect();
-        format!("select id, capture, op, at_us{slots} from _shori_changes where id > ?1 and id <= ?2 order by id")
+        format!(
+            "select id, capture, op, at_us{slots} from _shori_changes
+            where id > ?1 and id <= ?2 and op <> {BEFORE}
+            order by id"
+        )
     }
 
     fn push(

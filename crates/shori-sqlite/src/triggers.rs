@@ -4,6 +4,9 @@
 //! has changed the row again meanwhile, both log the row as it is, and the newest change row is the truth whatever order
 //! they ran in. A key that the table no longer holds is logged as deleted.
 //!
+//! Before images are what `old` says: a deletion's row is one, and an update logs one directly before the row that it
+//! left. A row that `or replace` puts another of the same key in place of has none.
+//!
 //! `or replace` evicts rows without firing their delete triggers. A row of the same key needs nothing: the new one takes
 //! its place. A row of another key can only be evicted through another unique index (or a collation under which two
 //! spellings of the key are one, or the hidden rowid). Tables that have one get BEFORE triggers, which set aside every
@@ -15,6 +18,7 @@
 //! statement would decide what happens then.
 
 use crate::connection::quote_name;
+use crate::install::BEFORE;
 use crate::table::{Table, Term, TermValue, Unique};
 
 /// `create trigger` statements for `table`, captured under `number`, whose column `i` is kept in slot `slots[i]`.
@@ -114,17 +118,11 @@ impl Writer<'_> {
             })
             .collect::<Vec<_>>()
             .join(" or ");
-        format!(
-            "{}{}{}{}",
-            self.forget(),
-            self.log_evicted(),
-            self.log_gone(3, &format!("({key_changed}) and ")),
-            self.log_row(4)
-        )
+        format!("{}{}{}{}", self.forget(), self.log_evicted(), self.log_before(&key_changed), self.log_row(4))
     }
 
     fn after_delete(&self) -> String {
-        format!("{}{}", self.forget(), self.log_gone(1, ""))
+        format!("{}{}", self.forget(), self.log_deleted())
     }
 
     /// The row `old` is not evicted but logged otherwise. (With recursive_triggers on, evicted rows do fire the DELETE
@@ -154,17 +152,31 @@ impl Writer<'_> {
         text
     }
 
-    /// Logs the row `old` as gone, if the table holds none under its key.
-    fn log_gone(&self, op: u8, condition: &str) -> String {
+    /// Logs the row `old`, which says by its `op` whether its key is gone.
+    fn log_before(&self, key_changed: &str) -> String {
         let (number, slots) = (self.number, self.slot_names(""));
-        let key: Vec<String> = self.table.key.iter().map(|key| self.column("old", key.column)).collect();
         format!(
-            "insert into _shori_changes (capture, op, at_us{slots}) select {number}, {op}, {NOW}{}\n\
-             \x20 where {condition}not {}{};\n",
-            self.values("old"),
-            self.exists(&key),
-            self.key_not_null("old")
+            "insert into _shori_changes (capture, op, at_us{slots})\n\
+             \x20 select {number}, case when ({key_changed}) and {} then 3 else {BEFORE} end, {NOW}{};\n",
+            self.old_is_gone(),
+            self.values("old")
         )
+    }
+
+    fn log_deleted(&self) -> String {
+        let (number, slots) = (self.number, self.slot_names(""));
+        format!(
+            "insert into _shori_changes (capture, op, at_us{slots}) select {number}, 1, {NOW}{}\n\
+             \x20 where {};\n",
+            self.values("old"),
+            self.old_is_gone()
+        )
+    }
+
+    /// Whether the table holds no row under the key of `old`, which is one.
+    fn old_is_gone(&self) -> String {
+        let key: Vec<String> = self.table.key.iter().map(|key| self.column("old", key.column)).collect();
+        format!("not {}{}", self.exists(&key), self.key_not_null("old"))
     }
 
     fn column(&self, row: &str, column: usize) -> String {

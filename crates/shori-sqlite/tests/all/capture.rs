@@ -51,6 +51,53 @@ fn spec4_06_delete_and_insert_of_one_key_keep_both() {
     assert_eq!(reader.rows("t")[&vec!["1".to_string()]]["v"], "new");
 }
 
+/// Operation and values of every row of the change table.
+fn change_rows(fixture: &Fixture) -> Vec<String> {
+    let query = "select format('%d %s %s %s', op, v0, v1, v2) from _shori_changes order by id";
+    let mut statement = fixture.writer.prepare(query).unwrap();
+    statement.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn updates_and_deletions_keep_the_whole_row_as_it_was() {
+    let fixture = Fixture::new(
+        "create table t (a int, b text, c text, primary key (a, b));
+         insert into t values (1, 'x', 'old'), (2, 'y', 'old'), (null, 'z', 'old');",
+        vec![SqliteTable::new("t")],
+    );
+    let mut reader = following(&fixture);
+    fixture.run("update t set c = 'new' where a = 1; update t set b = 'w' where a = 2; delete from t where a = 1;");
+    let rows = ["8 1 x old", "4 1 x new", "3 2 y old", "4 2 w old", "1 1 x new"];
+    assert_eq!(change_rows(&fixture), rows);
+    let expected = [(Op::UpdateAfter, "1/x"), (Op::UpdateBefore, "2/y"), (Op::UpdateAfter, "2/w"), (Op::Delete, "1/x")];
+    reader.drain(ALL);
+    let deleted = &reader.images.last().unwrap().row;
+    assert_eq!((deleted["b"].as_str(), deleted["c"].as_str()), ("x", "new"));
+    assert_eq!(logged(&mut reader), ops(&expected));
+    // A row without a key is none of the log, so none goes by its update.
+    fixture.run("update t set a = 3 where c = 'old' and a is null;");
+    assert_eq!(change_rows(&fixture)[5..], ["8  z old", "4 3 z old"]);
+    fixture.run("insert into t values (3, 'z', 'upserted') on conflict do update set c = excluded.c;");
+    assert_eq!(change_rows(&fixture)[7..], ["8 3 z old", "4 3 z upserted"]);
+    assert_eq!(logged(&mut reader), ops(&[(Op::UpdateAfter, "3/z"), (Op::UpdateAfter, "3/z")]));
+}
+
+#[test]
+fn an_update_of_a_key_that_stands_again_keeps_its_row_too() {
+    let fixture = Fixture::new(
+        "create table t (id integer primary key, v text, w text); insert into t values (1, 'a', 'old');",
+        vec![SqliteTable::new("t")],
+    );
+    let mut reader = following(&fixture);
+    // Newer than capture's trigger, it runs first.
+    fixture.run(
+        "create trigger user_update after update on t when old.id = 1 begin insert into t values (1, 'b', 'again'); end;
+         update t set id = 2;",
+    );
+    assert_eq!(change_rows(&fixture), ["2 1 b again", "8 1 a old", "4 2 a old"]);
+    assert_eq!(logged(&mut reader), ops(&[(Op::Insert, "1"), (Op::UpdateAfter, "2")]));
+}
+
 #[test]
 fn a_row_evicted_through_another_unique_index_is_logged_as_deleted() {
     let fixture = Fixture::new(

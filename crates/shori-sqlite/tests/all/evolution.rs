@@ -164,6 +164,33 @@ fn a_unique_index_added_while_nobody_read_is_followed() {
 }
 
 #[test]
+fn triggers_of_an_older_release_are_replaced_without_reading_the_table_again() {
+    let fixture = fixture();
+    let mut reader = following(&fixture);
+    let query = "select name, sql from sqlite_schema where type = 'trigger' and tbl_name = 't' order by name";
+    let current = |fixture: &Fixture| -> Vec<(String, String)> {
+        let mut statement = fixture.writer.prepare(query).unwrap();
+        statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap().collect::<Result<_, _>>().unwrap()
+    };
+    let triggers = current(&fixture);
+    let of_then = |sql: &str| sql.replace("_shori_changes (capture", "_shori_changes  (capture");
+    let older: Vec<_> = triggers.iter().map(|(name, sql)| (name, of_then(sql))).collect();
+    for (name, sql) in &older {
+        fixture.run(&format!("drop trigger {name}; {sql};"));
+    }
+    let stored = serde_json::json!(older).to_string();
+    fixture.writer.execute("update _shori_captures set triggers = ?1 where table_name = 't'", [stored]).unwrap();
+    assert_ne!(current(&fixture), triggers);
+    fixture.run("insert into t values (3, 'c');");
+    reader.start().unwrap();
+    assert_eq!(current(&fixture), triggers);
+    fixture.run("insert into t values (4, 'd');");
+    reader.drain(ALL);
+    assert_equal(&fixture, &reader);
+    assert_eq!((generation(&reader), reader.images.len()), (1, 2));
+}
+
+#[test]
 fn a_dropped_and_a_renamed_table_fail_by_name() {
     let fixture = fixture();
     let mut reader = following(&fixture);

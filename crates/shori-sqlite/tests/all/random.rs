@@ -323,6 +323,34 @@ fn simulate(seed: u64, steps: usize) {
     compare(&world, &reader);
     assert!(reader.all_read() && reader.rejected.is_empty() && reader.failed.is_empty());
     assert_eq!(world.fixture.number("select integrity_check = 'ok' from pragma_integrity_check"), 1);
+    check_before_images(&world);
+}
+
+/// An update's images stand side by side; the first is what an earlier change row left, where nothing but the writer's
+/// own statements touched the row between.
+fn check_before_images(world: &World) {
+    let fixture = &world.fixture;
+    let lone = "select count(*) from _shori_changes after where op = 4 and id > (select min(id) from _shori_changes)
+        and not exists (select 1 from _shori_changes where id = after.id - 1 and capture = after.capture and op in (3, 8))";
+    assert_eq!(fixture.number(lone), 0, "an update without its before image");
+    if world.user_triggers {
+        return;
+    }
+    for (id, schema) in &world.schemas {
+        let equal = |columns: &mut dyn Iterator<Item = usize>| {
+            columns.map(|slot| format!("earlier.v{slot} is later.v{slot}")).collect::<Vec<_>>().join(" and ")
+        };
+        let (same_key, same_row) =
+            (equal(&mut schema.key.iter().copied()), equal(&mut (0..schema.columns.fields().len())));
+        let number = format!("(select number from _shori_captures where table_name = '{}')", id.instance);
+        let other = format!(
+            "select count(*) from _shori_changes later join _shori_changes earlier on earlier.id = (
+                select max(id) from _shori_changes earlier
+                where id < later.id and capture = later.capture and op <> 8 and {same_key})
+            where later.capture = {number} and later.op in (1, 3, 8) and not (earlier.op in (2, 4) and {same_row})"
+        );
+        assert_eq!(fixture.number(&other), 0, "a before image of {id} that no earlier image left");
+    }
 }
 
 fn read(world: &mut World, reader: &mut Reader) {

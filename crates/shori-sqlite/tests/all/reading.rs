@@ -208,6 +208,55 @@ fn spec4_10_backlog_is_measured_against_the_source_s_own_log() {
 }
 
 #[test]
+fn before_images_are_no_changes_of_their_own() {
+    let fixture = fixture(0);
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    reader.drain(ALL);
+    fixture.run("insert into a values (1, 1), (2, 2); update a set v = 3; delete from a where id = 1;");
+    assert_eq!(fixture.number("select count(*) from _shori_changes"), 7);
+    let head = reader.block_on(async |source| source.head().await).unwrap();
+    assert_eq!(head.changes_waiting, Some(5));
+    assert_eq!(shori_sqlite::changes_above(&fixture.config, &Position::ZERO).unwrap(), 5);
+    for left in (0..5).rev() {
+        assert_eq!(reader.next(ONE).unwrap().rows(), 1);
+        let staged = reader.watermark.staged;
+        assert_eq!(shori_sqlite::changes_above(&fixture.config, &staged).unwrap(), left);
+        // Reading goes on between any two changes, also between one and its before image.
+        if left == 2 {
+            reader.start().unwrap();
+        }
+    }
+    reader.drain(ALL);
+    assert_eq!(reader.watermark.boundary, reader.watermark.staged);
+    assert_eq!(reader.rows("a"), fixture.rows(&reader.schemas[&reader.id("a")]));
+    assert_eq!(reader.images.len(), 5);
+}
+
+#[test]
+fn a_before_image_that_is_pruned_ahead_of_its_change_is_no_gap() {
+    let fixture = fixture(0);
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    reader.drain(ALL);
+    fixture.run("insert into a values (1, 1);");
+    reader.drain(ALL);
+    let inserted = reader.watermark;
+    fixture.run("update a set v = 2;");
+    reader.drain(ALL);
+    // All but the newest row, which is the update's second.
+    while fixture.number("select count(*) from _shori_changes") > 1 {
+        reader.acknowledge();
+    }
+    reader.watermark = inserted;
+    reader.start().unwrap();
+    assert!(reader.started.as_ref().unwrap().failed.is_empty());
+    reader.drain(ALL);
+    assert!(reader.failed.is_empty());
+    assert_eq!(reader.rows("a"), fixture.rows(&reader.schemas[&reader.id("a")]));
+}
+
+#[test]
 fn a_call_that_is_dropped_loses_nothing() {
     let fixture = fixture(0);
     let mut reader = fixture.reader();

@@ -197,7 +197,8 @@ fn count(
     let least = images.ending.saturating_sub(images.before_capture);
     compare(FindingKind::DeletionCount, "ended rows", ended, least, images.ending + others);
     if others > 0 {
-        report.notes.push(format!("{others} changes were not made by the generator: counts are compared within them"));
+        let what = "change rows are not of the generator's changes";
+        report.notes.push(format!("{others} {what}: counts are compared within them"));
     }
     Ok(())
 }

@@ -17,9 +17,12 @@ use super::serving::Checkpoint;
 use super::values::Loader;
 use super::{ColumnInput, TableInput, VerifyInput};
 
-/// `op` of the change table's row images: see [`shori_core::change::Op`]. All other rows mark that changes of the table
-/// went by unseen, and that it must be read again.
+/// `op` of the change table's row images: see [`shori_core::change::Op`].
 const IMAGE_OPS: &str = "1, 2, 3, 4";
+
+/// `op` of the image before an update that keeps its key: the change is told by the image that follows. All rows that
+/// are neither mark that changes of the table went by unseen, and that it must be read again.
+const BEFORE_OP: &str = "8";
 
 /// The position of a table's columns in the change table.
 #[derive(Clone, Debug)]
@@ -102,8 +105,8 @@ impl Source {
             Ok(sum.max(0) as u64)
         };
         let of_table = format!("table_name = '{}'", table.replace('\'', "''"));
-        // A key update has two images: the old key's row goes, the new key's comes.
-        let counted = sum("captured = 1")? + sum("captured = 1 and op = 'key_update'")?;
+        // An update has two images: before and after.
+        let counted = sum("captured = 1")? + sum("captured = 1 and op in ('update', 'key_update')")?;
         if counted > head {
             return Ok(Err("the ledger of the source's writer is older than its change table".into()));
         }
@@ -189,7 +192,7 @@ fn lacks_changes(reading: &Transaction<'_>, capture: &Capture, oldest: u64, newe
             where capture = ?1
                 and id > ?2
                 and id <= ?3
-                and op not in ({IMAGE_OPS})
+                and op not in ({IMAGE_OPS}, {BEFORE_OP})
         )
         "
     );

@@ -305,5 +305,5 @@ fn changes_by_others_widen_what_the_ledger_tells() {
     pipeline.project();
     let report = pipeline.verify();
     assert_clean(&report);
-    assert!(report.projections[3].notes[0].contains("1 changes"), "{report}");
+    assert!(report.projections[3].notes[0].contains("2 change rows"), "{report}");
 }

@@ -109,12 +109,14 @@ impl Pipeline {
                     create trigger {table}_insert after insert on {table} begin {}; end;
                     create trigger {table}_update after update on {table} begin
                         {} where old.{key} <> new.{key};
+                        {} where old.{key} = new.{key};
                         {};
                     end;
                     create trigger {table}_delete after delete on {table} begin {}; end;
                     ",
                     log(2, "new"),
                     log(3, "old"),
+                    log(8, "old"),
                     log(4, "new"),
                     log(1, "old")
                 ))
@@ -214,7 +216,7 @@ impl Pipeline {
         let query = "
             select 0, 0, 1767323045000000 - 1, * from snapshot_orders
             union all
-            select id, op, at_us, v0, v1, v2, v3, v4, v5 from _shori_changes where capture = 1
+            select id, op, at_us, v0, v1, v2, v3, v4, v5 from _shori_changes where capture = 1 and op <> 8
             order by 1, 4
         ";
         let mut statement = self.source.prepare(query).unwrap();
