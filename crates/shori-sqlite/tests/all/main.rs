@@ -8,4 +8,5 @@ mod evolution;
 mod harness;
 mod random;
 mod reading;
+mod source_contract;
 mod values;
