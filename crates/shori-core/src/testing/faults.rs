@@ -12,6 +12,9 @@ use tokio::sync::Notify;
 
 use crate::error::{Error, ErrorKind, Result};
 
+/// Steps of a run, at most: one that goes on in a circle without time passing comes to a stand here.
+pub const STEPS_MAX: u64 = 1_000_000;
+
 /// How often a step does what. Rates are per thousand steps.
 #[derive(Clone, Copy, Debug)]
 pub struct FaultPlan {
@@ -151,6 +154,9 @@ impl Faults {
 
     /// A place where the process may pause, fail or end.
     pub async fn step(&self, point: &'static str) -> Result<()> {
+        if self.steps() > STEPS_MAX {
+            return std::future::pending().await;
+        }
         if self.ends_here(point) {
             self.process.crashed.notify_waiters();
             return std::future::pending().await;

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use super::value::{Row, Value, pick};
 use crate::change::Op;
@@ -61,7 +61,8 @@ struct Shared {
     source: Arc<str>,
     tables: Vec<Arc<TableSchema>>,
     model: Mutex<Model>,
-    commits: watch::Sender<u64>,
+    /// Wakes whoever waits in the order in which they came: the same in every run.
+    committed: Notify,
 }
 
 struct Model {
@@ -122,8 +123,7 @@ impl MemoryDatabase {
             acknowledged: Position::ZERO,
             broken: BTreeMap::new(),
         };
-        let commits = watch::Sender::new(0);
-        Self(Arc::new(Shared { source: source.into(), tables, model: Mutex::new(model), commits }))
+        Self(Arc::new(Shared { source: source.into(), tables, model: Mutex::new(model), committed: Notify::new() }))
     }
 
     pub fn source(&self) -> Arc<str> {
@@ -155,7 +155,7 @@ impl MemoryDatabase {
         }
         model.commits.push(Commit { time, images });
         drop(model);
-        self.0.commits.send_replace(commit);
+        self.0.committed.notify_waiters();
         commit
     }
 
@@ -299,9 +299,16 @@ impl MemoryDatabase {
         self.model().broken.get(table).is_some_and(|last| commit >= *last)
     }
 
-    /// Tells of new commits.
-    pub fn watch(&self) -> watch::Receiver<u64> {
-        self.0.commits.subscribe()
+    /// Returns when there is a commit after `seen`.
+    pub async fn commit_after(&self, seen: u64) {
+        loop {
+            let mut committed = std::pin::pin!(self.0.committed.notified());
+            committed.as_mut().enable();
+            if self.head() > seen {
+                return;
+            }
+            committed.await;
+        }
     }
 
     fn model(&self) -> MutexGuard<'_, Model> {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::watch;
 
 use super::faults::Faults;
 use super::memory_database::{
@@ -44,7 +43,6 @@ pub struct MemorySource {
     database: MemoryDatabase,
     faults: Faults,
     habits: SourceHabits,
-    commits: watch::Receiver<u64>,
     captures: BTreeMap<CaptureId, Reading>,
     watermark: Watermark,
     /// The commit that the next chunk was read under.
@@ -70,7 +68,6 @@ struct Collected {
 impl MemorySource {
     pub fn new(database: &MemoryDatabase, faults: Faults, habits: SourceHabits) -> Self {
         Self {
-            commits: database.watch(),
             database: database.clone(),
             faults,
             habits,
@@ -290,6 +287,12 @@ impl Source for MemorySource {
             return Err(Error::new(ErrorKind::Internal, "read", "the memory source", "it was not started"));
         }
         self.faults.step("source.next").await?;
+        let at = self.watermark.staged;
+        if !self.readable(&at) && self.captures.values().any(|reading| reading.staged > at) {
+            // What is gone is what it would have brought again.
+            let cause = "its log was pruned while it read again what is staged";
+            return Err(Error::new(ErrorKind::Unavailable, "read", "the memory source", cause));
+        }
         let mut batch = SourceBatch::empty(self.watermark);
         self.fail_captures(&mut batch);
         let commit = commit_of(&self.watermark.staged);
@@ -320,9 +323,14 @@ impl Source for MemorySource {
 
     async fn wait(&mut self, at_most: Duration) -> Result<()> {
         self.faults.step("source.wait").await?;
+        if self.captures.is_empty() {
+            // Whatever comes, there is nobody to read it for.
+            tokio::time::sleep(at_most).await;
+            return Ok(());
+        }
         let seen = commit_of(&self.watermark.staged);
         // Either outcome is a return in time.
-        let _ = tokio::time::timeout(at_most, self.commits.wait_for(|commit| *commit > seen)).await;
+        let _ = tokio::time::timeout(at_most, self.database.commit_after(seen)).await;
         Ok(())
     }
 

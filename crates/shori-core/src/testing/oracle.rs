@@ -184,8 +184,11 @@ fn check_chains(projection: &Projection, target: &TargetTable, horizon: &Positio
     let (current, lsn) = (index(history::IS_CURRENT), index(history::SOURCE_LSN));
     let found = target.rows();
     let keys = target.target.key.len();
+    let above = |row: &&Row| row[lsn] > Value::Binary(horizon.lsn.as_slice().to_vec());
     for pair in found.windows(2).filter(|pair| pair[0][..keys] == pair[1][..keys]) {
-        if pair[0][to].is_null() || pair[0][to] > pair[1][from] {
+        // Of versions below the horizon the log no longer tells where they ended, if the source's clock went back.
+        let told = above(&&pair[0]);
+        if pair[0][to].is_null() || told && pair[0][to] > pair[1][from] {
             return Err(format!("projection {} has overlapping versions {pair:?}", projection.name));
         }
     }
@@ -196,7 +199,6 @@ fn check_chains(projection: &Projection, target: &TargetTable, horizon: &Positio
     let content = |row: &Row| -> Row {
         row.iter().enumerate().filter(|(column, _)| ![from, to].contains(column)).map(|(_, v)| v.clone()).collect()
     };
-    let above = |row: &&Row| row[lsn] > Value::Binary(horizon.lsn.as_slice().to_vec());
     let found = found.iter().filter(above).map(content).collect();
     compare(projection, found, expected.iter().filter(above).map(content).collect(), "above the horizon")
 }

@@ -19,7 +19,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(600);
 /// Longest time that neighbours of a broken table may need to reach a place.
 const NEIGHBOUR_LIMIT: Duration = Duration::from_secs(300);
 /// How often somebody looks whether a capture stands still.
-const REPAIR_PAUSE: Duration = Duration::from_secs(2);
+const REPAIR_PAUSE: Duration = Duration::from_millis(1_700);
 
 /// Runs through the plan.
 pub async fn perform(world: &Arc<World>, rng: &mut ChaCha8Rng) {
@@ -159,8 +159,20 @@ pub async fn repair(world: Arc<World>) {
             Err(error) => return world.fail(error.to_string()),
         };
         for (capture, state) in captures {
-            if state.failed.is_some() && !world.is_held(&capture.instance) {
+            if state.failed.is_none() || world.is_held(&capture.instance) {
+                continue;
+            }
+            if !world.plan.settings.ingest.once {
                 request(world.clone(), Request::Resnapshot(state.schema.table.clone())).await;
+            } else {
+                // A process that runs once may end before it would look at requests.
+                let requested = match world.parts.store() {
+                    Ok(store) => store.request_snapshot(&capture, false).await,
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = requested {
+                    return world.fail(error.to_string());
+                }
             }
         }
     }

@@ -24,6 +24,9 @@ pub trait Parts: Send + Sync {
     /// The process has ended, by a crash or not; everything it held has been dropped.
     fn end(&self, worker: usize, fate: CacheFate);
 
+    /// The store as a person opens it, who asks for something.
+    fn store(&self) -> Result<Arc<dyn Store>>;
+
     /// What is durable now, as far as an oracle needs it. No process sees this call.
     fn durable(&self) -> Result<MemoryStorage>;
 
@@ -77,6 +80,10 @@ impl Parts for MemoryParts {
             CacheFate::Older => *now = older.copy(),
         }
         *older = left.copy();
+    }
+
+    fn store(&self) -> Result<Arc<dyn Store>> {
+        Ok(Arc::new(self.storage.open(Faults::none())))
     }
 
     fn durable(&self) -> Result<MemoryStorage> {

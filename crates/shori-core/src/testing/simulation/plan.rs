@@ -148,6 +148,7 @@ fn draw_settings(rng: &mut ChaCha8Rng, acts: &[Act]) -> Settings {
     let by_age = compacts && one_in(rng, 3);
     Settings {
         ingest: IngestSettings {
+            linger: Duration::ZERO,
             batch: BatchLimit {
                 rows: if one_in(rng, 2) { rng.random_range(1..20) } else { rng.random_range(1..=200) },
                 bytes: 1 << 20,

@@ -16,15 +16,33 @@ use crate::testing::planted::{self, Plant};
 
 /// Positions of messages that a source handed out as rejected, and that so must be in the log once it is past them.
 #[derive(Clone, Default)]
-pub struct HandedOut(Arc<Mutex<BTreeSet<Position>>>);
+pub struct HandedOut(Arc<Mutex<Handed>>);
+
+#[derive(Default)]
+struct Handed {
+    /// The commit at which the log begins: before it is durable, the next start may be anywhere.
+    first: Option<u64>,
+    positions: BTreeSet<Position>,
+}
 
 impl HandedOut {
     pub fn up_to(&self, position: &Position) -> Vec<Position> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).range(..=position).copied().collect()
+        self.handed().positions.range(..=position).copied().collect()
     }
 
     fn add(&self, position: Position) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(position);
+        let mut handed = self.handed();
+        if handed.first.is_some_and(|first| commit_of(&position) > first) {
+            handed.positions.insert(position);
+        }
+    }
+
+    fn is_durable(&self, position: &Position) {
+        self.handed().first.get_or_insert(commit_of(position));
+    }
+
+    fn handed(&self) -> std::sync::MutexGuard<'_, Handed> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -36,13 +54,11 @@ pub struct SimulatedSource {
     pub rejecting: CaptureId,
     pub handed_out: HandedOut,
     pub prunes: bool,
-    /// Whether the log stood somewhere when reading began: only then is every message above accounted for.
-    pub resumed: bool,
 }
 
 impl SimulatedSource {
     fn reject(&self, batch: &mut SourceBatch, after: &Position) {
-        let Some(every) = self.rejects.filter(|_| self.resumed) else { return };
+        let Some(every) = self.rejects else { return };
         for commit in commit_of(after)..=commit_of(&batch.watermark.staged) {
             let position = commit_end(commit);
             if commit % every == 0 && position > *after && position <= batch.watermark.staged {
@@ -76,7 +92,6 @@ impl Source for SimulatedSource {
                 known.watermark = Watermark { staged: oldest, boundary: oldest, ..known.watermark };
             }
         }
-        self.resumed = resume.get(&self.rejecting).is_some_and(|known| known.watermark != Watermark::ZERO);
         self.inner.start(&resume).await
     }
 
@@ -99,6 +114,7 @@ impl Source for SimulatedSource {
     }
 
     async fn acknowledge(&mut self, durable: &Position) -> Result<()> {
+        self.handed_out.is_durable(durable);
         let acknowledged = self.inner.acknowledge(durable).await;
         self.prune(&self.database.acknowledged());
         acknowledged

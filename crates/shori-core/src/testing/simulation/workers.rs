@@ -64,6 +64,10 @@ async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) {
         () = overdue => world.fail(format!("worker {worker} did not end when told to")),
         result = prepared.run() => match result {
             Ok(()) => world.note(worker, || "ends by itself".into()),
+            // With `once`, a projection that cannot move is what there is to tell.
+            Err(error) if world.plan.settings.project.once && error.to_string().contains("stands still") => {
+                world.note(worker, || format!("ends with {error}"));
+            }
             Err(error) => world.fail(format!("worker {worker} ended: {error}")),
         },
     }
@@ -78,7 +82,6 @@ fn prepare(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) -> 
         rejecting: world.database.capture("notes"),
         handed_out: world.handed_out.clone(),
         prunes: world.plan.prunes,
-        resumed: false,
     };
     let observer = world.clone();
     let pipeline = Pipeline {
