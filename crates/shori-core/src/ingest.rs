@@ -27,6 +27,8 @@ pub struct IngestSettings {
     pub batch: BatchLimit,
     /// Longest pause between two looks at an idle source.
     pub poll_interval: Duration,
+    /// Shortest time from one append to the next while the source is level: commits that come closer share a batch.
+    pub linger: Duration,
     pub retry: RetryPolicy,
     /// Stop when what the source held at start is in the log.
     pub once: bool,
@@ -70,10 +72,13 @@ enum Ended {
     Again,
 }
 
+/// How far captures are staged.
+type Staged = BTreeMap<CaptureId, Position>;
+
 /// Where a session stands.
 struct Session {
     /// Active captures and their staged positions, as this writer believes them stored.
-    expected: BTreeMap<CaptureId, Position>,
+    expected: Staged,
     watermark: Watermark,
     /// What `once` waits for.
     goal: Option<Position>,
@@ -133,8 +138,9 @@ impl Ingestor {
         let mut batch = self.source.next(self.settings.batch).await?;
         loop {
             backoff.succeeded();
+            let begun = Instant::now();
             let failed = std::mem::take(&mut batch.failed);
-            self.leave_out(failed, Some(&mut session)).await?;
+            self.leave_out(failed, &mut session.expected).await?;
             let ahead = if is_news(&batch, &session) { self.append(&mut batch, &mut session).await? } else { None };
             if stop.is_cancelled() || self.reached(&session) {
                 return Ok(Ended::Finished);
@@ -142,8 +148,9 @@ impl Ingestor {
             batch = match ahead {
                 Some(next) => next,
                 None if batch.more => self.source.next(self.settings.batch).await?,
-                None => match self.pause(stop).await? {
+                None => match self.pause(stop, begun + self.settings.linger).await? {
                     Some(ended) => return Ok(ended),
+                    None if self.others_mended().await? => return Ok(Ended::Again),
                     None => self.source.next(self.settings.batch).await?,
                 },
             };
@@ -164,7 +171,8 @@ impl Ingestor {
         });
         let resume = resume.collect();
         let Started { identity, captures, failed } = self.source.start(&resume).await?;
-        self.leave_out(failed, None).await?;
+        let mut read: Staged = known.iter().map(|(id, state)| (id.clone(), state.watermark.staged)).collect();
+        self.leave_out(failed, &mut read).await?;
         let captures = self.compatible(captures, &known).await?;
         self.store.prepare_captures(&timeline, &identity, &captures).await?;
         let mut stored = self.store.captures().await?;
@@ -173,6 +181,11 @@ impl Ingestor {
             state.failed.is_none() && captures.iter().any(|capture| capture.id == *id)
         };
         let active: Vec<_> = stored.iter().filter(|(id, state)| active(id, state)).collect();
+        let began = |id: &CaptureId| known.get(id).map_or(Position::ZERO, |state| state.watermark.staged);
+        if active.iter().any(|(id, state)| state.watermark.staged != began(id)) {
+            // The source goes on from where the store stood before.
+            return Err(self.overtaken());
+        }
         let expected = active.iter().map(|(id, state)| ((*id).clone(), state.watermark.staged)).collect();
         let watermark = active.iter().map(|(_, state)| state.watermark).min_by_key(|mark| mark.staged);
         self.log.send_modify(|log| {
@@ -202,20 +215,26 @@ impl Ingestor {
                 _ => fit.push(capture),
             }
         }
-        self.leave_out(misfits, None).await?;
+        self.leave_out(misfits, &mut Staged::new()).await?;
         Ok(fit)
     }
 
     /// Marks captures that cannot go on, and goes on without them (contract 11).
-    async fn leave_out(&mut self, failed: Vec<(CaptureId, Error)>, mut session: Option<&mut Session>) -> Result<()> {
+    ///
+    /// `read` tells where reading stood: if another process has moved a capture on since, the source may well have let
+    /// go of what that one has read, and the capture is not at fault.
+    async fn leave_out(&mut self, failed: Vec<(CaptureId, Error)>, read: &mut Staged) -> Result<()> {
         for (capture, error) in failed {
             let reason = error.to_string();
-            if self.store.captures().await?.get(&capture).is_some_and(|state| state.failed.is_none()) {
-                self.store.mark_failed(&capture, &reason).await?;
+            if let Some(state) = self.store.captures().await?.get(&capture) {
+                if read.get(&capture).is_some_and(|staged| *staged != state.watermark.staged) {
+                    return Err(self.overtaken());
+                }
+                if state.failed.is_none() {
+                    self.store.mark_failed(&capture, &reason).await?;
+                }
             }
-            if let Some(session) = session.as_deref_mut() {
-                session.expected.remove(&capture);
-            }
+            read.remove(&capture);
             self.log.send_modify(|log| {
                 if let Some(state) = log.captures.get_mut(&capture) {
                     state.failed = Some(reason.clone());
@@ -247,28 +266,27 @@ impl Ingestor {
         let limit = self.settings.batch;
         let read_ahead = async { if batch.more { source.next(limit).await.map(Some) } else { Ok(None) } };
         let (appended, ahead) = futures::join!(self.store.append(&append), read_ahead);
+        let reread = session.expected.values().all(|staged| *staged >= batch.watermark.staged);
         match appended? {
             Appended::Applied { rows } => {
                 let (watermark, took) = (batch.watermark, started.elapsed());
                 let commits = commit_runs(&batch.changes)?;
                 self.events.send(Event::Appended { timeline, rows, watermark, took, commits });
             }
-            Appended::AlreadyApplied => {}
-            Appended::Conflict => {
-                let cause = "another process has written it meanwhile";
-                return Err(Error::new(
-                    ErrorKind::Unavailable,
-                    "append to",
-                    format!("the log of {}", self.source.timeline()),
-                    cause,
-                ));
-            }
+            Appended::AlreadyApplied if reread => {}
+            // What another process has written up to here need not be what was read: its snapshot has other chunks.
+            Appended::AlreadyApplied | Appended::Conflict => return Err(self.overtaken()),
         }
         failpoint::reached(failpoint::INGEST_AFTER_APPEND);
         self.appended(batch, session)?;
         self.source.acknowledge(&batch.watermark.staged).await?;
         failpoint::reached(failpoint::INGEST_AFTER_ACKNOWLEDGE);
         ahead
+    }
+
+    fn overtaken(&self) -> Error {
+        let cause = "another process has written it meanwhile";
+        Error::new(ErrorKind::Unavailable, "append to", format!("the log of {}", self.source.timeline()), cause)
     }
 
     /// The batch is durable: tells the projector and the world.
@@ -308,8 +326,14 @@ impl Ingestor {
             && session.expected.keys().all(|id| log.captures.get(id).is_none_or(|state| state.snapshot.is_done()))
     }
 
-    /// Waits for the source, a request or the end.
-    async fn pause(&mut self, stop: &CancellationToken) -> Result<Option<Ended>> {
+    /// Waits for the source, but at least until `earliest`, for a request or the end.
+    async fn pause(&mut self, stop: &CancellationToken, earliest: Instant) -> Result<Option<Ended>> {
+        let (source, interval) = (&mut self.source, self.settings.poll_interval);
+        let changed = async {
+            source.wait(interval).await?;
+            tokio::time::sleep_until(earliest).await;
+            Ok(None)
+        };
         tokio::select! {
             biased;
             _ = stop.cancelled() => Ok(Some(Ended::Finished)),
@@ -324,8 +348,23 @@ impl Ingestor {
                 }
                 Ok(Some(Ended::Again))
             }
-            waited = self.source.wait(self.settings.poll_interval) => waited.map(|()| None),
+            waited = changed => waited,
         }
+    }
+
+    /// Whether a capture that stands still, as far as this process knows, has been mended by another.
+    async fn others_mended(&mut self) -> Result<bool> {
+        let timeline = self.source.timeline();
+        let failed = |state: &CaptureState| state.timeline == timeline && state.failed.is_some();
+        let known: Vec<CaptureId> = {
+            let log = self.log.borrow();
+            log.captures.iter().filter(|(_, state)| failed(state)).map(|(id, _)| id.clone()).collect()
+        };
+        if known.is_empty() {
+            return Ok(false);
+        }
+        let stored = self.store.captures().await?;
+        Ok(known.iter().any(|id| stored.get(id).is_some_and(|state| state.failed.is_none())))
     }
 }
 
@@ -368,8 +407,11 @@ fn is_news(batch: &SourceBatch, session: &Session) -> bool {
 fn publish(log: &mut LogState, batch: &SourceBatch, session: &Session) {
     for capture in session.expected.keys() {
         if let Some(state) = log.captures.get_mut(capture) {
-            if batch.watermark.staged >= state.watermark.staged {
-                state.watermark = batch.watermark;
+            // As in the store: reading a stretch again, otherwise split, moves neither part back.
+            let (mark, new) = (&mut state.watermark, batch.watermark);
+            mark.staged = mark.staged.max(new.staged);
+            if new.boundary > mark.boundary {
+                (mark.boundary, mark.boundary_time) = (new.boundary, new.boundary_time);
             }
         }
     }

@@ -238,7 +238,7 @@ impl Prepared {
             error: None,
             metrics: "{}".into(),
         };
-        let staging = pipeline.staging.clone();
+        let (staging, ingest_retry) = (pipeline.staging.clone(), pipeline.ingest_retry);
         let (events, retry) = (pipeline.events.clone(), pipeline.ingest_retry);
         if !open_staging(&*staging, &record, &handle.stop, &events, retry).await? {
             return Ok(());
@@ -254,11 +254,25 @@ impl Prepared {
             Ok(()) => RunStatus::Completed,
         };
         // The first error is the one to tell; that the record could not be closed follows from it, as a rule.
-        match (result, staging.update_run(&record).await) {
+        match (result, close_run(&*staging, &record, ingest_retry).await) {
             (Ok(()), Err(error)) => Err(error),
             (result, _) => result,
         }
     }
+}
+
+/// How often a run's record is tried to be closed; left open, the next start closes it.
+const CLOSE_TRIES_MAX: u32 = 5;
+
+async fn close_run(staging: &dyn Store, record: &RunRecord, retry: crate::retry::RetryPolicy) -> Result<()> {
+    let mut backoff = Backoff::new(retry);
+    for _ in 1..CLOSE_TRIES_MAX {
+        match staging.update_run(record).await {
+            Err(error) if error.response() == Response::Retry => tokio::time::sleep(backoff.failed()).await,
+            closed => return closed,
+        }
+    }
+    staging.update_run(record).await
 }
 
 /// Counts what events tell into the run's record.

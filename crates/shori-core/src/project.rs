@@ -11,13 +11,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::change::ChangeBatch;
 use crate::error::{Error, ErrorKind, Response, Result};
 use crate::event::{Event, Events};
 use crate::failpoint;
@@ -26,12 +24,15 @@ use crate::position::{CaptureId, Position, Positions};
 use crate::projection::{Derivation, Projection, Target, TargetShape};
 use crate::recent::Recent;
 use crate::retry::{Backoff, RetryPolicy};
-use crate::step::{self, Step};
-use crate::store::{Committed, LogStream, OutputCommit, OutputReader, Store};
-use crate::transform::{Applied, CaptureAdvance, Computed, LogReader, StateTable, Transform};
+use crate::step::{self, Range, Step, StepReader};
+use crate::store::{Committed, OutputCommit, OutputReader, Store};
+use crate::transform::{Applied, Computed, StateTable, Transform};
 
 /// Changes kept for a lagging projection, at most; past it the projection is computed afresh.
 pub const KEPT_CHANGES_MAX_ROWS: u64 = 5_000_000;
+
+/// Kept changes above which consumed ones are let go of while more wait.
+const FORGET_ABOVE_ROWS: u64 = 50_000;
 
 #[derive(Clone, Copy, Debug)]
 pub struct ProjectSettings {
@@ -95,23 +96,33 @@ struct Outcome {
 }
 
 struct State {
+    store_id: Option<String>,
     workers: Vec<Worker>,
     applied: BTreeMap<CaptureId, Applied>,
+    /// The log's horizon when state was last begun from the log's start. Below it, state is not yet what the source
+    /// held: nothing goes out from there.
+    compacted: Positions,
     tables: Vec<StateTable>,
     commits: JoinSet<Outcome>,
+    /// Whether the transform has let go of everything consumed.
+    forgotten: bool,
 }
 
 impl Projector {
     /// Projects until stopped, or with `once` until all is done. An error returned is one that trying again does not
     /// mend; with `once`, also the first failure of a projection.
     pub async fn run(mut self, stop: CancellationToken) -> Result<()> {
-        let store_id = self.staging.bootstrap().await?;
         let mut state = State {
+            store_id: None,
             workers: std::mem::take(&mut self.projections).into_iter().map(|(p, s)| self.worker(p, s)).collect(),
             applied: BTreeMap::new(),
+            compacted: BTreeMap::new(),
             tables: Vec::new(),
             commits: JoinSet::new(),
+            forgotten: false,
         };
+        // Known to all before any is read: a projection of which nothing is known yet holds compaction back.
+        state.workers.iter().for_each(|worker| self.report(worker, None));
         let mut backoff = Backoff::new(self.settings.retry);
         let mut last_step = None;
         loop {
@@ -119,7 +130,7 @@ impl Projector {
                 break;
             }
             let log = self.log.borrow_and_update().clone();
-            match self.cycle(&store_id, &mut state, &log).await {
+            match self.cycle(&mut state, &log).await {
                 Ok(moved) => {
                     backoff.succeeded();
                     if moved {
@@ -128,6 +139,8 @@ impl Projector {
                     }
                 }
                 Err(error) if error.response() == Response::Retry => {
+                    // What failed may have been done all the same: where state stands is read anew.
+                    state.tables.clear();
                     let after = backoff.failed();
                     self.events.send(Event::Retrying { what: "state".into(), reason: error.to_string(), after });
                     tokio::select! { biased; _ = stop.cancelled() => break, _ = tokio::time::sleep(after) => continue }
@@ -161,11 +174,11 @@ impl Projector {
     }
 
     /// One look at the log: applies a step if there is one, and starts what outputs can be made. Whether anything moved.
-    async fn cycle(&mut self, store_id: &str, state: &mut State, log: &LogState) -> Result<bool> {
+    async fn cycle(&mut self, state: &mut State, log: &LogState) -> Result<bool> {
         if log.ready.len() < self.timelines {
             return Ok(false);
         }
-        self.open(store_id, state, log).await?;
+        self.open(state, log).await?;
         self.load_checkpoints(state).await?;
         // Outputs of the step before go out before state moves on, so that neighbours share one step.
         let mut moved = self.start_outputs(state, log).await?;
@@ -174,11 +187,14 @@ impl Projector {
             moved = true;
             self.start_outputs(state, log).await?;
         }
+        if !moved && !state.forgotten && state.commits.is_empty() {
+            self.forget(state).await?;
+        }
         Ok(moved)
     }
 
     /// Opens the transform when tables are new or have changed, and describes targets not described yet.
-    async fn open(&mut self, store_id: &str, state: &mut State, log: &LogState) -> Result<()> {
+    async fn open(&mut self, state: &mut State, log: &LogState) -> Result<()> {
         let capture = |(id, capture): (&CaptureId, &crate::store::CaptureState)| StateTable {
             capture: id.clone(),
             schema: capture.schema.clone(),
@@ -194,8 +210,14 @@ impl Projector {
         while let Some(done) = state.commits.join_next().await {
             self.committed(state, done).await?;
         }
-        let projections: Vec<Projection> = state.workers.iter().map(|worker| worker.projection.clone()).collect();
-        self.transform.open(store_id, &tables, &projections).await?;
+        let store_id = match &state.store_id {
+            Some(store_id) => store_id.clone(),
+            None => self.staging.bootstrap().await?,
+        };
+        let named = |worker: &Worker| worker.projection.with_key_names(|table| key_of(&tables, table));
+        let projections: Vec<Projection> = state.workers.iter().map(named).collect();
+        self.transform.open(&store_id, &tables, &projections).await?;
+        state.store_id = Some(store_id);
         state.applied = self.transform.applied().await?;
         state.tables = tables;
         for index in 0..state.workers.len() {
@@ -219,6 +241,7 @@ impl Projector {
                     worker.checkpoint = checkpoint;
                     worker.loaded = true;
                     worker.not_before = None;
+                    state.forgotten = false;
                     self.report(&state.workers[index], None);
                 }
                 Err(error) => self.failed(state, index, error).await?,
@@ -240,7 +263,8 @@ impl Projector {
             captures.extend(found.iter().map(|state| state.capture.clone()));
         }
         let columns = self.transform.describe(name).await?;
-        let (shape, key) = match &worker.projection.derivation {
+        let named = worker.projection.with_key_names(|table| key_of(tables, table));
+        let (shape, key) = match &named.derivation {
             Derivation::Sql(sql) => (TargetShape::Rows, sql.key.clone()),
             Derivation::Latest { table } => (TargetShape::Rows, key_of(tables, table)),
             Derivation::History(history) => (TargetShape::Versions, history.key.clone()),
@@ -271,26 +295,30 @@ impl Projector {
             capture: capture.clone(),
         });
         let ranges: VecDeque<Range> = ranges.filter(|range| range.capture.to.position > range.after).collect();
-        let mut reader = StepReader {
-            staging: self.staging.clone(),
-            recent: self.recent.clone(),
-            ranges,
-            parts: VecDeque::new(),
-            stream: None,
-        };
+        let mut reader = StepReader::new(self.staging.clone(), self.recent.clone(), ranges, state.compacted.clone());
         failpoint::reached(failpoint::PROJECT_BEFORE_ADVANCE);
-        let advanced = self.transform.advance(&step.captures, &mut reader).await?;
+        let advanced = self.transform.advance(&step.captures, &mut reader).await;
+        if reader.is_torn() {
+            return self.replay(state).await;
+        }
+        let advanced = advanced?;
         failpoint::reached(failpoint::PROJECT_AFTER_ADVANCE);
+        state.compacted = reader.compacted();
         state.applied = self.transform.applied().await?;
         self.events.send(Event::Advanced { rows: advanced.rows, took: started.elapsed() });
         for capture in &step.captures {
             self.recent.forget(&capture.capture, &capture.to.position);
         }
-        self.forget(state).await
+        state.forgotten = false;
+        // Letting go costs a durable write of its own: it waits for an idle moment, or until it is worth it.
+        if self.transform.changes_kept().await? > FORGET_ABOVE_ROWS {
+            self.forget(state).await?;
+        }
+        Ok(())
     }
 
     /// Lets the transform go of changes that every projection has consumed.
-    async fn forget(&mut self, state: &State) -> Result<()> {
+    async fn forget(&mut self, state: &mut State) -> Result<()> {
         let too_many = self.transform.changes_kept().await? > KEPT_CHANGES_MAX_ROWS;
         let mut needed = Vec::new();
         for worker in &state.workers {
@@ -304,6 +332,7 @@ impl Projector {
             }
         }
         self.transform.forget(&needed).await?;
+        state.forgotten = true;
         failpoint::reached(failpoint::PROJECT_AFTER_FORGET);
         Ok(())
     }
@@ -320,6 +349,9 @@ impl Projector {
             let Some(target) = worker.target.clone().filter(|_| worker.loaded && !worker.committing && !resting) else {
                 continue;
             };
+            if self.is_within_horizon(worker, &target, state, log) {
+                continue;
+            }
             let readiness = readiness(&worker.projection, &target, state, log);
             let complete = match readiness {
                 Readiness::Wait => continue,
@@ -336,7 +368,14 @@ impl Projector {
                 Readiness::Ready { complete } => complete,
             };
             match self.transform.compute(&target.projection, worker.checkpoint.as_ref()).await {
-                Ok(Computed::UpToDate | Computed::Behind) => {}
+                Ok(Computed::UpToDate) => {
+                    // Another process may have built what was asked of this one.
+                    for waiting in state.workers[index].waiting.drain(..) {
+                        // A receiver that has gone away no longer wants the answer.
+                        let _ = waiting.send(Ok(()));
+                    }
+                }
+                Ok(Computed::Behind) => {}
                 Ok(Computed::NeedsReplay) => {
                     self.replay(state).await?;
                     return Ok(true);
@@ -367,6 +406,21 @@ impl Projector {
         Ok(moved)
     }
 
+    /// Whether a history that is built anew would end within the commit of the log's horizon, with more to come there.
+    /// Its target knows versions by commit, so it could not tell what it keeps from what follows.
+    fn is_within_horizon(&self, worker: &Worker, target: &Target, state: &State, log: &LogState) -> bool {
+        if worker.checkpoint.is_some() || target.shape != TargetShape::Versions {
+            return false;
+        }
+        let next = self.next_step(state, log);
+        let more = |id: &CaptureId| next.iter().flat_map(|step| &step.captures).any(|advance| advance.capture == *id);
+        target.captures.iter().any(|id| {
+            let known = log.captures.get(id).map_or(Position::ZERO, |capture| capture.horizon);
+            let horizon = state.compacted.get(id).map_or(known, |horizon| known.max(*horizon));
+            more(id) && state.applied.get(id).is_some_and(|applied| applied.position.lsn <= horizon.lsn)
+        })
+    }
+
     /// A history needs changes that are gone: the cache is rebuilt from the log, by way of every checkpoint.
     async fn replay(&mut self, state: &mut State) -> Result<()> {
         while let Some(done) = state.commits.join_next().await {
@@ -375,6 +429,7 @@ impl Projector {
         self.transform.discard().await?;
         state.tables.clear();
         state.applied.clear();
+        state.compacted.clear();
         Ok(())
     }
 
@@ -382,6 +437,7 @@ impl Projector {
         let outcome = done.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "a commit", cause))?;
         let worker = &mut state.workers[outcome.worker];
         worker.committing = false;
+        state.forgotten = false;
         match outcome.result {
             Ok(positions) => {
                 worker.checkpoint = Some(positions);
@@ -501,7 +557,7 @@ impl Projector {
                 || worker.checkpoint.as_ref().is_some_and(|checkpoint| {
                     checkpoint
                         .iter()
-                        .all(|(id, at)| state.applied.get(id).is_none_or(|applied| applied.position == *at))
+                        .all(|(id, at)| state.applied.get(id).is_none_or(|applied| applied.position <= *at))
                 })
         };
         state.workers.iter().all(settled)
@@ -538,6 +594,9 @@ fn readiness(projection: &Projection, target: &Target, state: &State, log: &LogS
             return Readiness::Failed(format!("capture {id} stands still: {reason}"));
         }
         let Some(applied) = state.applied.get(id) else { return Readiness::Wait };
+        if state.compacted.get(id).is_some_and(|horizon| applied.position < *horizon) {
+            return Readiness::Wait;
+        }
         by_timeline.entry(capture.timeline.clone()).or_default().insert(applied.position);
         let first = capture.snapshot.generation <= 1;
         complete &= !first || (capture.snapshot.is_done() && capture.snapshot.end <= applied.position);
@@ -612,43 +671,5 @@ impl Commit {
         self.transform.settle(&projection, Some(&self.positions)).await?;
         failpoint::reached(failpoint::PROJECT_AFTER_SETTLE);
         Ok(self.positions.clone())
-    }
-}
-
-struct Range {
-    after: Position,
-    capture: CaptureAdvance,
-}
-
-/// Hands a step's changes to the transform: from memory where they are contiguous, else from the log.
-struct StepReader {
-    staging: Arc<dyn Store>,
-    recent: Recent,
-    ranges: VecDeque<Range>,
-    parts: VecDeque<ChangeBatch>,
-    stream: Option<LogStream>,
-}
-
-#[async_trait]
-impl LogReader for StepReader {
-    async fn next(&mut self) -> Result<Option<ChangeBatch>> {
-        use futures::StreamExt;
-        loop {
-            if let Some(part) = self.parts.pop_front() {
-                return Ok(Some(part));
-            }
-            if let Some(stream) = &mut self.stream {
-                match stream.next().await {
-                    Some(batch) => return batch.map(Some),
-                    None => self.stream = None,
-                }
-            }
-            let Some(Range { after, capture }) = self.ranges.pop_front() else { return Ok(None) };
-            let up_to = capture.to.position;
-            match self.recent.read(&capture.capture, &after, &up_to)? {
-                Some(parts) => self.parts = parts.into(),
-                None => self.stream = Some(self.staging.read_log(&capture.capture, &after, &up_to).await?),
-            }
-        }
     }
 }
