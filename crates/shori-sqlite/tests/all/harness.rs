@@ -169,10 +169,12 @@ impl Reader {
         Ok(batch)
     }
 
-    /// Reads until nothing more is known to wait.
+    /// Reads until nothing more comes. (Nothing more may be known to wait while the file has more: a batch may end what an
+    /// older look has begun.)
     pub fn drain(&mut self, limit: BatchLimit) {
         for _ in 0..1_000_000 {
-            if !self.next(limit).unwrap().more {
+            let before = self.watermark;
+            if !self.next(limit).unwrap().more && self.watermark == before {
                 return;
             }
         }
