@@ -123,6 +123,14 @@ impl ChangeBatch {
         }
     }
 
+    /// One batch of several that follow each other, of one capture and schema.
+    pub fn concat(batches: &[ChangeBatch]) -> Result<Option<ChangeBatch>> {
+        let Some(first) = batches.first() else { return Ok(None) };
+        let parts = batches.iter().map(ChangeBatch::to_record_batch).collect::<Result<Vec<_>>>()?;
+        let rows = arrow::compute::concat_batches(&parts[0].schema(), &parts)?;
+        ChangeBatch::from_record_batch(&first.capture, &first.schema, &rows).map(Some)
+    }
+
     /// Bytes held in memory, as far as Arrow counts them.
     pub fn memory_bytes(&self) -> usize {
         self.columns.iter().map(|column| column.get_array_memory_size()).sum::<usize>()
@@ -294,6 +302,15 @@ mod tests {
         );
         let back = ChangeBatch::from_record_batch(&all.capture, &Arc::new(wider.unwrap()), &rows).unwrap();
         assert_eq!(back.columns[1].null_count(), 2);
+    }
+
+    #[test]
+    fn batches_become_one() {
+        let parts = [batch(&[1, 3]), batch(&[4]), batch(&[5, 9])];
+        let one = ChangeBatch::concat(&parts).unwrap().unwrap();
+        assert_eq!(one.commit_time.values(), &[1, 3, 4, 5, 9]);
+        assert_eq!(one.position(4).unwrap(), at(9));
+        assert!(ChangeBatch::concat(&[]).unwrap().is_none());
     }
 
     #[test]

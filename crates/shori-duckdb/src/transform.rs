@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
+use shori_core::change::ChangeBatch;
 use shori_core::position::{CaptureId, Position, Positions};
 use shori_core::projection::{Derivation, Projection};
 use shori_core::store::OutputKind;
@@ -47,6 +48,9 @@ use self::session::{CACHE, Session, WORK};
 use self::settle::Pending;
 use self::staging::{Leg, Staging};
 use crate::database::Database;
+
+/// Changes staged at a time, unless one batch alone has more.
+const GATHERED_MAX_ROWS: usize = 16_384;
 
 /// The engine's working memory in a DuckDB file. The file is locked by this process while this lives.
 pub struct DuckdbTransform {
@@ -152,7 +156,8 @@ impl DuckdbTransform {
         log: &mut dyn LogReader,
     ) -> Result<(OwnedMutexGuard<Session>, Staging)> {
         let mut staging = Staging::default();
-        while let Some(batch) = log.next().await? {
+        let mut ahead = None;
+        while let Some(batch) = gather(log, &mut ahead).await? {
             let legs = legs.clone();
             (writer, staging) = self
                 .database
@@ -192,6 +197,30 @@ impl DuckdbTransform {
             })
         };
         captures.iter().map(leg).collect()
+    }
+}
+
+/// The next changes, small batches put together: each one staged costs as much as some thousand rows.
+async fn gather(log: &mut dyn LogReader, ahead: &mut Option<ChangeBatch>) -> Result<Option<ChangeBatch>> {
+    let mut parts: Vec<ChangeBatch> = Vec::new();
+    let mut rows = 0;
+    loop {
+        let next = match ahead.take() {
+            Some(batch) => Some(batch),
+            None => log.next().await?,
+        };
+        let Some(batch) = next else { break };
+        let follows = parts.first().is_none_or(|first| first.capture == batch.capture && first.schema == batch.schema);
+        if !follows || (rows > 0 && rows + batch.len() > GATHERED_MAX_ROWS) {
+            *ahead = Some(batch);
+            break;
+        }
+        rows += batch.len();
+        parts.push(batch);
+    }
+    match parts.as_slice() {
+        [one] => Ok(Some(one.clone())),
+        several => ChangeBatch::concat(several),
     }
 }
 

@@ -126,6 +126,7 @@ fn settings(loaded: &Loaded, once: bool) -> Settings {
         ingest: IngestSettings {
             batch: BatchLimit { rows: ingest.batch_max_rows, bytes: ingest.batch_max_bytes },
             poll_interval: Duration::from_millis(ingest.poll_interval_ms),
+            linger: Duration::from_millis(ingest.linger_ms),
             retry,
             once,
         },

@@ -145,6 +145,8 @@ pub struct IngestConfig {
     pub batch_max_rows: usize,
     pub batch_max_bytes: usize,
     pub poll_interval_ms: u64,
+    /// Shortest time from one append to the next while the source is level.
+    pub linger_ms: u64,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -175,7 +177,7 @@ pub struct MemoryConfig {
 
 impl Default for IngestConfig {
     fn default() -> Self {
-        Self { batch_max_rows: 50_000, batch_max_bytes: 16 << 20, poll_interval_ms: 1_000 }
+        Self { batch_max_rows: 50_000, batch_max_bytes: 16 << 20, poll_interval_ms: 1_000, linger_ms: 25 }
     }
 }
 
