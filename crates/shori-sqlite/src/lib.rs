@@ -41,7 +41,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use install::{Installed, install, release};
-pub use look::{Inspected, changes_above, inspect, log_end};
+pub use look::{Inspected, changes_above, inspect, log_end, sample};
 pub use source::SqliteSource;
 
 /// What to capture, and how.

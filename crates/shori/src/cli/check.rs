@@ -4,16 +4,20 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use clap::Args;
+use shori_core::projection::Derivation;
 use shori_core::transform::{StateTable, Transform};
 use shori_core::{Error, Result};
 use shori_duckdb::database::{Database, Settings};
 use shori_duckdb::transform::DuckdbTransform;
 
 use super::Which;
+use super::trial::{Trial, Tried};
 use crate::assemble;
 use crate::config::Loaded;
 
 /// Check configuration, source and queries; change nothing.
+///
+/// What a projection declares of its query is tried on sampled rows.
 #[derive(Args)]
 #[command(after_help = "Example:\n  shori check -c pipelines/demo/shori.toml")]
 pub struct Check {
@@ -38,6 +42,9 @@ impl Check {
     }
 }
 
+/// Rows of each table that projections are tried on.
+const SAMPLE_ROWS: usize = 2_000;
+
 /// The tables that can be captured; for each other one, a problem.
 fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
     let mut tables = Vec::new();
@@ -53,7 +60,7 @@ fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
     tables
 }
 
-/// Binds every projection's query against empty tables, in a database of its own.
+/// Binds every projection's query and tries it, in a database of its own.
 async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<Error>) -> Result<()> {
     let mut projections = BTreeMap::new();
     for configured in &loaded.config.projections {
@@ -67,12 +74,31 @@ async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<
     let spill_directory = scratch.path().join("spill");
     let database = Database::open(&Settings { memory_limit_mib: 128, threads: 1, spill_directory, inline: true })?;
     let transform = DuckdbTransform::open(&database, &scratch.path().join("check.duckdb"))?;
-    let known: Vec<_> = projections.values().cloned().collect();
+    let key_of = |name: &str| {
+        let table = tables.iter().find(|table| &*table.schema.table == name);
+        table.map(|table| table.schema.key_names().into_iter().map(String::from).collect()).unwrap_or_default()
+    };
+    let known: Vec<_> = projections.values().map(|projection| projection.with_key_names(key_of)).collect();
     transform.open("check", tables, &known).await?;
-    for name in projections.keys() {
-        if let Err(error) = transform.describe(name).await {
-            problems.push(error);
+    let mut tried = Vec::new();
+    for (name, projection) in &projections {
+        match (transform.describe(name).await, &projection.derivation) {
+            (Err(error), _) => problems.push(error),
+            (Ok(_), Derivation::Sql(sql)) => {
+                tried.push(Tried { name: name.clone(), key: sql.key.clone(), tables: sql.tables.clone() });
+            }
+            (Ok(_), _) => {}
         }
     }
+    let mut sample = Vec::new();
+    for source in &loaded.config.sources {
+        // That the source cannot be read has been told already.
+        sample.extend(shori_sqlite::sample(&assemble::sqlite_config(loaded, source), SAMPLE_ROWS).unwrap_or_default());
+    }
+    if sample.is_empty() {
+        println!("the source has no rows yet: how projections are kept by change was not tried");
+        return Ok(());
+    }
+    problems.extend(Trial { transform: &transform, tables, sample: &sample }.run(&tried).await?);
     Ok(())
 }
