@@ -77,11 +77,24 @@ pub enum EntityPath {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HistoryProjection {
     pub table: Arc<str>,
-    /// Names of the key columns in the history, in the table's key order.
+    /// Names of the key columns in the history, in the table's key order. Empty: those of the table, see
+    /// [`Projection::with_key_names`].
     pub key: Vec<String>,
 }
 
 impl Projection {
+    /// A history that names no key columns takes the names that the table's have; others stay as they are. Transforms
+    /// and stores are given projections that name theirs.
+    pub fn with_key_names(&self, key_of: impl Fn(&str) -> Vec<String>) -> Self {
+        let mut named = self.clone();
+        if let Derivation::History(history) = &mut named.derivation
+            && history.key.is_empty()
+        {
+            history.key = key_of(&history.table);
+        }
+        named
+    }
+
     /// Captured tables that the projection reads.
     pub fn tables(&self) -> Vec<Arc<str>> {
         match &self.derivation {

@@ -76,12 +76,13 @@ fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
             .map(|field| ColumnInput::new(field.name(), type_name(field.data_type())))
             .collect(),
     });
+    let tables: Vec<TableInput> = tables.collect();
     let enabled = loaded.config.projections.iter().filter(|projection| projection.enabled);
     let state_directory = loaded.state_directory();
     Ok(VerifyInput {
         source: loaded.resolve(&source.path),
-        tables: tables.collect(),
-        projections: enabled.map(|projection| projection_input(loaded, projection)).collect::<Result<_>>()?,
+        projections: enabled.map(|projection| projection_input(loaded, projection, &tables)).collect::<Result<_>>()?,
+        tables,
         scratch_directory: Some(state_directory),
         memory_limit_mib: loaded.config.memory.limit_mib,
         threads: loaded.config.memory.threads,
@@ -89,7 +90,7 @@ fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
     })
 }
 
-fn projection_input(loaded: &Loaded, configured: &ProjectionConfig) -> Result<ProjectionInput> {
+fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[TableInput]) -> Result<ProjectionInput> {
     let missing = |what: &str| loaded.wrong(&format!("projection {}", configured.name), what);
     let table = || configured.table.clone().ok_or_else(|| missing("it names no table"));
     let derivation = match configured.kind {
@@ -100,7 +101,12 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Pr
             hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
         },
         ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
-        ProjectionKind::History => DerivationInput::History { table: table()?, key: configured.key.clone() },
+        ProjectionKind::History => {
+            let table = table()?;
+            let of_table = || tables.iter().find(|one| one.name == table).map(|one| one.key.clone()).unwrap_or_default();
+            let key = if configured.key.is_empty() { of_table() } else { configured.key.clone() };
+            DerivationInput::History { table, key }
+        }
     };
     Ok(ProjectionInput { name: configured.name.clone(), derivation })
 }
