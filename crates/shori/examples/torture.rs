@@ -80,7 +80,8 @@ fn run(arguments: &Arguments) -> Outcome<bool> {
     torture.succeed(&["run", "--once"])?;
     let verified = torture.command(&["verify"]).status()?;
     torture.report(arguments.kills);
-    let all_reached = arguments.kills < ENOUGH_KILLS || failpoint::ALL.iter().all(|place| torture.kills.contains_key(place));
+    let all_reached =
+        arguments.kills < ENOUGH_KILLS || failpoint::ALL.iter().all(|place| torture.kills.contains_key(place));
     if !all_reached {
         println!("some failpoints were never reached");
     }
@@ -91,7 +92,11 @@ impl Torture {
     /// One life of the pipeline.
     fn round(&mut self, round: u32) -> Outcome<()> {
         // Every failpoint in turn, and a random moment every third time.
-        let place = if round % 3 == 2 { None } else { Some(failpoint::ALL[(round - round / 3) as usize % failpoint::ALL.len()]) };
+        let place = if round % 3 == 2 {
+            None
+        } else {
+            Some(failpoint::ALL[(round - round / 3) as usize % failpoint::ALL.len()])
+        };
         let armed = place.map(|place| format!("{place}:{}", self.rng.random_range(1..=4)));
         let mut pipeline = self.start(&["run"], armed.as_deref())?;
         let begun = Instant::now();
@@ -110,7 +115,8 @@ impl Torture {
             if begun.elapsed() >= until {
                 pipeline.kill()?;
                 pipeline.wait()?;
-                let counted = if let Some(place) = place { self.unreached.entry(place) } else { self.kills.entry(MOMENT) };
+                let counted =
+                    if let Some(place) = place { self.unreached.entry(place) } else { self.kills.entry(MOMENT) };
                 *counted.or_default() += 1;
                 return Ok(());
             }
@@ -126,7 +132,8 @@ impl Torture {
     /// Asks the running pipeline for something unusual; it may die meanwhile.
     fn ask(&mut self, place: Option<&'static str>) -> Outcome<()> {
         let tables = ["orders", "payments", "customers"];
-        let projections = ["proj_orders_latest", "customers_latest", "proj_orders_kpi_by_minute_segment", "dim_orders_history"];
+        let projections =
+            ["proj_orders_latest", "customers_latest", "proj_orders_kpi_by_minute_segment", "dim_orders_history"];
         let choice = match place {
             Some(failpoint::COMPACT_BETWEEN) => 0,
             Some(failpoint::INGEST_AFTER_REQUEST) => 1,
@@ -181,7 +188,8 @@ impl Torture {
         println!("\n{kills} kills:");
         for place in failpoint::ALL.iter().chain([&MOMENT]) {
             let (reached, missed) = (self.kills.get(place), self.unreached.get(place));
-            let missed = missed.map(|missed| format!("  ({missed} times not reached, killed all the same)")).unwrap_or_default();
+            let missed =
+                missed.map(|missed| format!("  ({missed} times not reached, killed all the same)")).unwrap_or_default();
             println!("  {place:<36} {:>4}{missed}", reached.unwrap_or(&0));
         }
         println!("  source file {} bytes", size(&self.folder.path().join("source.db")));

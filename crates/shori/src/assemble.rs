@@ -152,10 +152,9 @@ pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Proj
         ProjectionKind::Sql => Derivation::Sql(sql_projection(loaded, configured)?),
         _ if configured.sql.is_some() => return Err(wrong("only kind \"sql\" has a query")),
         ProjectionKind::Latest => Derivation::Latest { table: table()?.into() },
-        ProjectionKind::History => Derivation::History(HistoryProjection {
-            table: table()?.into(),
-            key: configured.key.clone(),
-        }),
+        ProjectionKind::History => {
+            Derivation::History(HistoryProjection { table: table()?.into(), key: configured.key.clone() })
+        }
     };
     Ok(Projection { name: configured.name.as_str().into(), derivation })
 }

@@ -322,7 +322,8 @@ fn environment(directory: &Path) -> Result<BTreeMap<String, String>> {
     if !file.exists() {
         return Ok(BTreeMap::new());
     }
-    let unreadable = |cause| Error::new(ErrorKind::Usage, "read", format!("environment file {}", file.display()), cause);
+    let unreadable =
+        |cause| Error::new(ErrorKind::Usage, "read", format!("environment file {}", file.display()), cause);
     let pairs = dotenvy::from_path_iter(&file).map_err(unreadable)?;
     pairs.collect::<std::result::Result<_, _>>().map_err(unreadable)
 }
@@ -334,7 +335,12 @@ fn parse(text: &str, file: &Path, environment: &BTreeMap<String, String>) -> Res
         let object = format!("configuration {} line {line}", file.display());
         let message = cause.message();
         let hint = unknown_key(message).map(|(key, known)| nearest(&key, known.iter().map(String::as_str)));
-        Error::new(ErrorKind::Usage, "read", object, format!("{}{}", message.replace('\n', " "), hint.unwrap_or_default()))
+        Error::new(
+            ErrorKind::Usage,
+            "read",
+            object,
+            format!("{}{}", message.replace('\n', " "), hint.unwrap_or_default()),
+        )
     })?;
     Ok(config)
 }
@@ -375,8 +381,13 @@ fn interpolate(text: &str, file: &Path, environment: &BTreeMap<String, String>) 
                 Some(value) => out.push_str(value),
                 None => {
                     let object = format!("configuration {} line {}", file.display(), number + 1);
-                    return Err(Error::new(ErrorKind::Usage, "read", object, format!("environment variable {name} is not set"))
-                        .with_remedy(format!("set it, put it in .env, or write ${{{name}:-default}}")));
+                    return Err(Error::new(
+                        ErrorKind::Usage,
+                        "read",
+                        object,
+                        format!("environment variable {name} is not set"),
+                    )
+                    .with_remedy(format!("set it, put it in .env, or write ${{{name}:-default}}")));
                 }
             }
             rest = &rest[start + length + 1..];

@@ -74,8 +74,10 @@ impl Server {
     /// Serves until the returned guard is dropped with the runtime's task. The folder's lock must be held.
     pub fn listen(self, state_directory: &Path) -> Result<Listening> {
         let path = socket_path(state_directory);
-        let fail = |cause| Error::new(ErrorKind::Usage, "listen at", format!("socket {}", path.display()), cause)
-            .with_remedy("choose a folder with a shorter path on a local disk");
+        let fail = |cause| {
+            Error::new(ErrorKind::Usage, "listen at", format!("socket {}", path.display()), cause)
+                .with_remedy("choose a folder with a shorter path on a local disk")
+        };
         if path.exists() {
             std::fs::remove_file(&path).map_err(fail)?;
         }
@@ -123,7 +125,8 @@ impl Server {
         let mut bytes = Vec::new();
         match request {
             Request::Query { store, sql } => {
-                let unknown = || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
+                let unknown =
+                    || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
                 let store = self.stores.get(&store).ok_or_else(unknown)?.clone();
                 bytes = encode(&store.query(&sql).await?)?;
                 answer.bytes = bytes.len();
@@ -186,7 +189,8 @@ impl Client {
 
     fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
         let lost = |cause: std::io::Error| {
-            Error::new(ErrorKind::Unavailable, "reach", "the running pipeline", cause).with_remedy("is it still running?")
+            Error::new(ErrorKind::Unavailable, "reach", "the running pipeline", cause)
+                .with_remedy("is it still running?")
         };
         let exchange = || {
             let mut stream = UnixStream::connect(&self.path)?;

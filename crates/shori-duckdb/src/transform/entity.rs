@@ -154,7 +154,7 @@ impl Builder<'_> {
         if self.queries().any(|sql| uses_lsn(sql, table)) {
             names.push(lsn_parts(""));
         }
-        let list = comma(names.into_iter());
+        let list = comma(names);
         let less = |left: &str, right: &str| format!("(select {list} from {left} except select {list} from {right})");
         format!("select {own} as value from {} union select {own} from {}", less(old, new), less(new, old))
     }

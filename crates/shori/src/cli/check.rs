@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::Args;
 use shori_core::projection::Derivation;
 use shori_core::transform::{StateTable, Transform};
-use shori_core::{Error, Result};
+use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::database::{Database, Settings};
 use shori_duckdb::transform::DuckdbTransform;
 
@@ -30,12 +30,20 @@ impl Check {
         let loaded = self.which.load()?;
         let mut problems = Vec::new();
         let tables = tables(&loaded, &mut problems);
-        super::block_on(projections(&loaded, &tables, &mut problems))?;
+        // Without its tables, nothing can be told of a query.
+        if problems.iter().all(|problem| problem.kind() == ErrorKind::Schema) {
+            super::block_on(projections(&loaded, &tables, &mut problems))?;
+        }
         for problem in &problems {
             eprintln!("error: {problem}");
         }
         if problems.is_empty() {
-            println!("{}: {} tables, {} projections: no problem found", loaded.file.display(), tables.len(), loaded.config.projections.len());
+            println!(
+                "{}: {} tables, {} projections: no problem found",
+                loaded.file.display(),
+                tables.len(),
+                loaded.config.projections.len()
+            );
             return Ok(ExitCode::SUCCESS);
         }
         Ok(ExitCode::from(1))
@@ -51,7 +59,9 @@ fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
     for source in &loaded.config.sources {
         match shori_sqlite::inspect(&assemble::sqlite_config(loaded, source)) {
             Ok(inspected) => {
-                tables.extend(inspected.captures.into_iter().map(|info| StateTable { capture: info.id, schema: info.schema }));
+                tables.extend(
+                    inspected.captures.into_iter().map(|info| StateTable { capture: info.id, schema: info.schema }),
+                );
                 problems.extend(inspected.failed.into_iter().map(|(_, error)| error));
             }
             Err(error) => problems.push(error),
@@ -69,8 +79,8 @@ async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<
             Err(error) => problems.push(error),
         }
     }
-    let scratch = tempfile::tempdir()
-        .map_err(|cause| Error::new(shori_core::ErrorKind::Refused, "create", "a temporary folder", cause))?;
+    let scratch =
+        tempfile::tempdir().map_err(|cause| Error::new(ErrorKind::Refused, "create", "a temporary folder", cause))?;
     let spill_directory = scratch.path().join("spill");
     let database = Database::open(&Settings { memory_limit_mib: 128, threads: 1, spill_directory, inline: true })?;
     let transform = DuckdbTransform::open(&database, &scratch.path().join("check.duckdb"))?;

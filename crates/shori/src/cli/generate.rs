@@ -14,7 +14,9 @@ use crate::generate::{GenerateConfig, run};
 /// Write to the sample source as an application would: orders, payments, customers, late changes, deletes, key updates,
 /// in transactions of 1 to 100,000 rows.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  shori generate --dir demo --changes 100000\n  shori generate --dir demo --rate 5000 --seed 7")]
+#[command(
+    after_help = "Examples:\n  shori generate --dir demo --changes 100000\n  shori generate --dir demo --rate 5000 --seed 7"
+)]
 pub struct Generate {
     #[command(flatten)]
     which: Which,

@@ -15,7 +15,9 @@ use crate::config::Loaded;
 /// A trigger holds a table: SQLite refuses to drop a column that one names. --release frees the table; the next run
 /// captures it again.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  shori init --dir demo --sample\n  shori init -c shori.toml\n  shori init -c shori.toml --release orders")]
+#[command(
+    after_help = "Examples:\n  shori init --dir demo --sample\n  shori init -c shori.toml\n  shori init -c shori.toml --release orders"
+)]
 pub struct Init {
     #[command(flatten)]
     which: Which,
@@ -32,7 +34,8 @@ impl Init {
         let loaded = self.which.load()?;
         if let Some(table) = &self.release {
             let unknown = || loaded.wrong(&format!("table {table}"), "no source has that table");
-            let source = loaded.config.sources.iter().find(|source| source.tables.contains_key(table)).ok_or_else(unknown)?;
+            let source =
+                loaded.config.sources.iter().find(|source| source.tables.contains_key(table)).ok_or_else(unknown)?;
             shori_sqlite::release(&loaded.resolve(&source.path), table)?;
             eprintln!("table {table} is free; the next run captures it again");
             return Ok(ExitCode::SUCCESS);
@@ -54,8 +57,9 @@ pub fn sample(loaded: &Loaded) -> Result<()> {
         let path = loaded.resolve(&source.path);
         let fail = |cause| Error::new(ErrorKind::Refused, "create sample tables in", path.display().to_string(), cause);
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent)
-                .map_err(|cause| Error::new(ErrorKind::Usage, "create", format!("folder {}", parent.display()), cause))?;
+            std::fs::create_dir_all(parent).map_err(|cause| {
+                Error::new(ErrorKind::Usage, "create", format!("folder {}", parent.display()), cause)
+            })?;
         }
         let connection = Connection::open(&path).map_err(fail)?;
         connection.execute_batch(&script).map_err(fail)?;

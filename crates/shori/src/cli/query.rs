@@ -11,7 +11,9 @@ use super::reach::Reach;
 
 /// Run a query over a store, also while the pipeline runs. Reads only.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  shori query --dir demo \"select * from customers_latest limit 5\"\n  shori query --dir demo --json \"select count(*) as orders from proj_orders_latest\"")]
+#[command(
+    after_help = "Examples:\n  shori query --dir demo \"select * from customers_latest limit 5\"\n  shori query --dir demo --json \"select count(*) as orders from proj_orders_latest\""
+)]
 pub struct Query {
     #[command(flatten)]
     which: Which,

@@ -12,7 +12,9 @@ use super::Which;
 use super::reach::Reach;
 use crate::assemble;
 use crate::config::{Loaded, ProjectionConfig, ProjectionKind};
-use crate::verify::{self as check, ColumnInput, DerivationInput, ProjectionInput, Report, Serving, TableInput, VerifyInput};
+use crate::verify::{
+    self as check, ColumnInput, DerivationInput, ProjectionInput, Report, Serving, TableInput, VerifyInput,
+};
 
 /// Recompute every projection from the source's tables, and compare.
 ///
@@ -103,7 +105,8 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[Ta
         ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
         ProjectionKind::History => {
             let table = table()?;
-            let of_table = || tables.iter().find(|one| one.name == table).map(|one| one.key.clone()).unwrap_or_default();
+            let of_table =
+                || tables.iter().find(|one| one.name == table).map(|one| one.key.clone()).unwrap_or_default();
             let key = if configured.key.is_empty() { of_table() } else { configured.key.clone() };
             DerivationInput::History { table, key }
         }

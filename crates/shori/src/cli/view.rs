@@ -31,7 +31,12 @@ order by minute_bucket desc, segment
 limit 8";
 
 /// Draws until the pipeline stops; q, Esc and Ctrl-C stop it.
-pub fn show(counts: Arc<Counts>, handle: Handle, store: Arc<DuckdbStore>, changes: Option<u64>) -> JoinHandle<Result<()>> {
+pub fn show(
+    counts: Arc<Counts>,
+    handle: Handle,
+    store: Arc<DuckdbStore>,
+    changes: Option<u64>,
+) -> JoinHandle<Result<()>> {
     tokio::task::spawn_blocking(move || {
         let mut terminal = ratatui::try_init().map_err(drawing)?;
         let drawn = View { counts, handle, store, changes, last: Sample::default() }.run(&mut terminal);
@@ -96,7 +101,8 @@ impl View {
         if seconds < EVERY.as_secs_f64() / 2.0 {
             return;
         }
-        let rates = std::array::from_fn(|index| (totals[index] - self.last.totals[index].min(totals[index])) as f64 / seconds);
+        let rates =
+            std::array::from_fn(|index| (totals[index] - self.last.totals[index].min(totals[index])) as f64 / seconds);
         self.last = Sample { at: Instant::now(), totals, rates };
     }
 
@@ -104,25 +110,52 @@ impl View {
         let progress = self.handle.progress.borrow();
         let log = self.handle.log.borrow();
         let projections = progress.checkpoints.len() as u16;
-        let parts = [Constraint::Length(6), Constraint::Length(log.captures.len() as u16 + 3), Constraint::Length(projections + 3), Constraint::Min(4)];
+        let parts = [
+            Constraint::Length(6),
+            Constraint::Length(log.captures.len() as u16 + 3),
+            Constraint::Length(projections + 3),
+            Constraint::Min(4),
+        ];
         let [flow, captures, shown, newest] = Layout::vertical(parts).areas(frame.area());
         frame.render_widget(self.flow(), flow);
         let capture_rows = log.captures.iter().map(|(id, state)| {
             let lag = shori_core::pipeline::now() - state.watermark.boundary_time;
-            let lag = if state.watermark.boundary_time == 0 { "-".into() } else { format!("{:.0} ms", lag as f64 / 1000.0) };
-            Row::new([id.to_string(), state.watermark.staged.lsn.to_u64().unwrap_or(0).to_string(), lag, state.failed.clone().unwrap_or_default()])
+            let lag =
+                if state.watermark.boundary_time == 0 { "-".into() } else { format!("{:.0} ms", lag as f64 / 1000.0) };
+            Row::new([
+                id.to_string(),
+                state.watermark.staged.lsn.to_u64().unwrap_or(0).to_string(),
+                lag,
+                state.failed.clone().unwrap_or_default(),
+            ])
         });
-        frame.render_widget(table(capture_rows.collect(), ["capture", "change", "since its commit", ""], "captures"), captures);
+        frame.render_widget(
+            table(capture_rows.collect(), ["capture", "change", "since its commit", ""], "captures"),
+            captures,
+        );
         let projection_rows = progress.checkpoints.iter().map(|(name, checkpoint)| {
             let at = checkpoint.as_ref().and_then(|checkpoint| checkpoint.values().next());
             let at = at.and_then(|at| at.lsn.to_u64()).map_or("-".into(), |at| at.to_string());
-            let age = self.counts.freshness.age(name).map_or("-".into(), |age| format!("{:.0} ms", age as f64 / 1000.0));
+            let age =
+                self.counts.freshness.age(name).map_or("-".into(), |age| format!("{:.0} ms", age as f64 / 1000.0));
             Row::new([name.to_string(), at, age, progress.failed.get(name).cloned().unwrap_or("OK".into())])
         });
-        frame.render_widget(table(projection_rows.collect(), ["projection", "as of change", "since its commit", "status"], "projections"), shown);
+        frame.render_widget(
+            table(
+                projection_rows.collect(),
+                ["projection", "as of change", "since its commit", "status"],
+                "projections",
+            ),
+            shown,
+        );
         let cell = |row: &Vec<Option<String>>, index: usize| row.get(index).cloned().flatten().unwrap_or_default();
-        let kpi_rows = kpi.iter().map(|row| Row::new([format!("{}  {}", cell(row, 0), cell(row, 1)), cell(row, 2), cell(row, 3), cell(row, 4)]));
-        frame.render_widget(table(kpi_rows.collect(), ["minute, segment", "orders", "ordered", "paid"], "newest KPI rows"), newest);
+        let kpi_rows = kpi.iter().map(|row| {
+            Row::new([format!("{}  {}", cell(row, 0), cell(row, 1)), cell(row, 2), cell(row, 3), cell(row, 4)])
+        });
+        frame.render_widget(
+            table(kpi_rows.collect(), ["minute, segment", "orders", "ordered", "paid"], "newest KPI rows"),
+            newest,
+        );
     }
 
     fn flow(&self) -> Paragraph<'static> {
@@ -140,7 +173,12 @@ impl View {
 }
 
 fn table<'a>(rows: Vec<Row<'a>>, header: [&'a str; 4], title: &'a str) -> Table<'a> {
-    let widths = [Constraint::Percentage(40), Constraint::Percentage(20), Constraint::Percentage(20), Constraint::Percentage(20)];
+    let widths = [
+        Constraint::Percentage(40),
+        Constraint::Percentage(20),
+        Constraint::Percentage(20),
+        Constraint::Percentage(20),
+    ];
     let header = Row::new(header).style(Style::new().add_modifier(Modifier::BOLD));
     Table::new(rows, widths).header(header).block(Block::bordered().title(format!(" {title} ")))
 }
