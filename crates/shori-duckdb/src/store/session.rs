@@ -72,8 +72,10 @@ impl Session {
         self.connection.execute_batch(sql).map_err(|cause| duckdb_error("write", object, cause))
     }
 
+    /// Planned anew at each call, as in [`rows`](Session::rows): a kept plan has the statistics of the tables as they
+    /// were when it was made built into it, so that later it gives rows and counts that are not there.
     pub fn execute(&self, sql: &str, values: &[Value], object: &str) -> Result<u64> {
-        let run = || self.connection.prepare_cached(sql)?.execute(duckdb::params_from_iter(values));
+        let run = || self.connection.prepare(sql)?.execute(duckdb::params_from_iter(values));
         run().map(|rows| rows as u64).map_err(|cause| duckdb_error("write", object, cause))
     }
 
@@ -85,7 +87,7 @@ impl Session {
         read: impl FnMut(&duckdb::Row<'_>) -> duckdb::Result<T>,
     ) -> Result<Vec<T>> {
         let run = || -> duckdb::Result<Vec<T>> {
-            let mut statement = self.connection.prepare_cached(sql)?;
+            let mut statement = self.connection.prepare(sql)?;
             statement.query_map(duckdb::params_from_iter(values), read)?.collect()
         };
         run().map_err(|cause| duckdb_error("read", object, cause))
