@@ -60,6 +60,14 @@ const DELETE_CHECKPOINTS: &str = "
 delete from ctl_projection_checkpoints
 where projection_name = ?";
 
+/// Shape of a projection that has failed before it came as far as a table of its own.
+const NO_SHAPE: &str = "";
+
+const SET_SHAPE: &str = "
+update ctl_projection_metadata
+set target_shape = ?, target_key = ?
+where projection_name = ?";
+
 const SET_ERROR: &str = "
 update ctl_projection_metadata
 set status = 'ERROR', last_error = ?
@@ -136,16 +144,17 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
         let stored: Vec<(String, String)> =
             session.rows(SELECT_SHAPE, &[text(table)], METADATA, |row| Ok((row.get(0)?, row.get(1)?)))?;
         match stored.first() {
-            Some((stored_shape, _)) if stored_shape != shape => {
+            Some((stored_shape, _)) if stored_shape != shape && stored_shape != NO_SHAPE => {
                 Err(target_mismatch(table, format!("it holds {stored_shape}, and {shape} are to come")))
             }
-            Some((_, stored_key)) if *stored_key != key => {
+            Some((stored_shape, stored_key)) if *stored_key != key && stored_shape != NO_SHAPE => {
                 Err(target_mismatch(table, format!("its key is {stored_key}, and {key} is wanted")))
             }
-            Some(_) => Ok(()),
-            None if !columns.is_empty() && !is_empty(session, table)? => {
+            Some((stored_shape, _)) if stored_shape != NO_SHAPE => Ok(()),
+            _ if !columns.is_empty() && !is_empty(session, table)? => {
                 Err(target_mismatch(table, "it stands already and no projection has written it".into()))
             }
+            Some(_) => session.execute(SET_SHAPE, &[text(shape), text(&key), text(table)], METADATA).map(|_| ()),
             None => session.execute(INSERT_METADATA, &[text(table), text(shape), text(&key)], METADATA).map(|_| ()),
         }
     })
@@ -232,7 +241,14 @@ pub(super) fn put_checkpoint(
 pub(super) fn record_error(session: &Session, projection: &str, message: &str) -> Result<()> {
     let message: String = message.chars().take(LAST_ERROR_MAX_CHARS).collect();
     let values = [text(&message), text(projection)];
-    session.transaction(METADATA, |session| session.execute(SET_ERROR, &values, METADATA).map(|_| ()))
+    session.transaction(METADATA, |session| {
+        if session.execute(SET_ERROR, &values, METADATA)? == 0 {
+            let unknown = [text(projection), text(NO_SHAPE), text("")];
+            session.execute(INSERT_METADATA, &unknown, METADATA)?;
+            session.execute(SET_ERROR, &values, METADATA)?;
+        }
+        Ok(())
+    })
 }
 
 pub(super) fn reset(session: &Session, projection: &str) -> Result<()> {
