@@ -115,6 +115,12 @@ pub fn quote_text(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
+/// A message of DuckDB without its line breaks and the caret under an excerpt.
+pub(crate) fn one_line(message: &str) -> String {
+    let lines = message.lines().map(str::trim).filter(|line| !line.is_empty() && *line != "^");
+    lines.collect::<Vec<_>>().join(" ")
+}
+
 /// Tells apart what the engine must: DuckDB gives kinds only as text.
 pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::Error) -> Error {
     let text = cause.to_string();
@@ -146,7 +152,7 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     };
     let error = match cause {
         // Beside the message there is only a code, which is the same for every failure.
-        duckdb::Error::DuckDBFailure(_, Some(message)) => Error::new(kind, operation, object, message.trim()),
+        duckdb::Error::DuckDBFailure(_, Some(message)) => Error::new(kind, operation, object, one_line(&message)),
         other => Error::new(kind, operation, object, other),
     };
     match remedy {

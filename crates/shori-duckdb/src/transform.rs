@@ -299,6 +299,8 @@ impl Computer {
         let holds = matches!(&outcome, Ok(Outcome::Output { laid, .. }) if laid.holds_transaction);
         if let Err(error) = outcome {
             session.run("rollback")?;
+            // The query may have failed while names meant those that it reads.
+            session.run(&format!("use {CACHE}"))?;
             self.sets.lost();
             return Err(error);
         }

@@ -10,7 +10,7 @@ use shori_core::{Error, ErrorKind, Result, projection};
 use super::layout::{LIVE, Layout};
 use super::session::{CACHE, Session, WORK};
 use super::tables::{Table, comma};
-use crate::database::{duckdb_error, quote_name};
+use crate::database::{duckdb_error, one_line, quote_name};
 use crate::types::duckdb_type;
 
 /// Tells one derivation from another.
@@ -82,7 +82,9 @@ fn query_error(sql: &SqlProjection, operation: &str, cause: duckdb::Error) -> Er
     };
     let general = duckdb_error(operation, object.clone(), cause);
     if general.kind() == ErrorKind::Refused && general.remedy().is_none() {
-        Error::new(ErrorKind::Projection, operation, object, text)
+        // The excerpt's line number is that of the statement, not of the file.
+        let message = text.split("\n\nLINE ").next().unwrap_or(&text);
+        Error::new(ErrorKind::Projection, operation, object, one_line(message))
     } else {
         general
     }

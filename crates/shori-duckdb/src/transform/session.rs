@@ -65,7 +65,8 @@ impl Session {
                 Ok(value)
             }
             Err(error) => {
-                if let Err(cause) = self.run("rollback") {
+                // Work may have failed while names meant those of a query.
+                if let Err(cause) = self.run("rollback").and_then(|()| self.run(&format!("use {CACHE}"))) {
                     tracing::debug!(%cause, "a rollback failed");
                 }
                 Err(error)
