@@ -29,7 +29,9 @@ use crate::verify::{FindingKind, ProjectionReport, Report};
 /// latest-state and history tables in the other, at once. Kill it at any time and start it again: nothing is lost or
 /// doubled; `shori verify --dir DIR` proves it.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  shori demo\n  shori demo --dir /tmp/demo --changes 200000 --seed 7 --json\n  shori demo --rate 5000")]
+#[command(
+    after_help = "Examples:\n  shori demo\n  shori demo --dir /tmp/demo --changes 200000 --seed 7 --json\n  shori demo --rate 5000"
+)]
 pub struct Demo {
     /// Folder for the demo's files
     #[arg(short, long, default_value = "demo")]
@@ -136,9 +138,9 @@ impl Demo {
     /// Generates and runs at once; returns what was generated, and the seconds until all of it was projected.
     async fn live(&self, loaded: &Loaded, counts: Arc<Counts>) -> Result<(Generated, f64)> {
         let opened = assemble::open(loaded)?;
-        let counted = counts.clone();
+        let (counted, log) = (counts.clone(), run::events(loaded, false));
         let events = Events::new(move |event| {
-            run::log_event(event);
+            log.send(event.clone());
             counted.listen(event);
         });
         let prepared = assemble::pipeline(loaded, &opened, false, events)?.prepare();
@@ -228,5 +230,8 @@ fn tell(directory: &std::path::Path, outcome: &Outcome) {
     );
     println!("source commit to projected: p50 {p50:.0} ms, p95 {p95:.0} ms, p99 {p99:.0} ms");
     println!("compared with the source: {} lost, {} duplicated", outcome.lost, outcome.duplicated);
-    println!("\nLook around:\n  shori query --dir {0} \"select * from proj_orders_kpi_by_minute_segment order by minute_bucket desc limit 5\"\n  shori verify --dir {0}", directory.display());
+    println!(
+        "\nLook around:\n  shori query --dir {0} \"select * from proj_orders_kpi_by_minute_segment order by minute_bucket desc limit 5\"\n  shori verify --dir {0}",
+        directory.display()
+    );
 }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use shori_core::event::Events;
 use shori_core::pipeline::Handle;
+use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::store::DuckdbStore;
 
+use super::run;
 use crate::assemble::{self, Opened};
 use crate::config::Loaded;
 use crate::control::{Client, Request};
@@ -54,7 +55,8 @@ impl Reach {
 }
 
 async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Result<u64> {
-    let pipeline = assemble::pipeline(loaded, opened, false, Events::nowhere())?;
+    let pipeline = assemble::pipeline(loaded, opened, false, run::events(loaded, false))?;
+    let projections = pipeline.projections.len();
     let prepared = pipeline.prepare();
     let handle = prepared.handle();
     super::signals::cancel_on_signal(handle.stop.clone())?;
@@ -65,14 +67,14 @@ async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Res
             ended?;
             return Err(Error::new(ErrorKind::Unavailable, "finish", "the request", "it was interrupted"));
         }
-        answer = ask(&handle, request) => answer,
+        answer = ask(&handle, request, projections) => answer,
     };
     handle.stop.cancel();
     running.await?;
     answer
 }
 
-async fn ask(handle: &Handle, request: Request) -> Result<u64> {
+async fn ask(handle: &Handle, request: Request, projections: usize) -> Result<u64> {
     handle.ready().await?;
     match request {
         Request::Rebuild { projection } => handle.rebuild(&projection).await.map(|()| 0),
@@ -80,7 +82,27 @@ async fn ask(handle: &Handle, request: Request) -> Result<u64> {
             handle.resnapshot(&table, retyped).await?;
             handle.snapshot_done(&table).await.map(|()| 0)
         }
-        Request::Compact => handle.compact().await,
+        Request::Compact => {
+            // Nothing may be let go before it is known what each projection still needs.
+            projections_known(handle, projections).await?;
+            handle.compact().await
+        }
         Request::Query { .. } | Request::Pid => Ok(0),
+    }
+}
+
+/// Returns when every projection has been built at least once, or cannot be.
+async fn projections_known(handle: &Handle, projections: usize) -> Result<()> {
+    let known = |progress: &Progress| {
+        let built =
+            |(name, checkpoint): (&Arc<str>, &Option<_>)| checkpoint.is_some() || progress.failed.contains_key(name);
+        progress.checkpoints.len() >= projections && progress.checkpoints.iter().all(built)
+    };
+    let ended = || Error::new(ErrorKind::Unavailable, "finish", "the request", "the pipeline has ended");
+    let mut progress = handle.progress.clone();
+    tokio::select! {
+        biased;
+        waited = progress.wait_for(known) => waited.map(|_| ()).map_err(|_| ended()),
+        _ = handle.stop.cancelled() => Err(ended()),
     }
 }

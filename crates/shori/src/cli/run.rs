@@ -28,7 +28,7 @@ pub struct Run {
 impl Run {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
-        super::block_on(run(&loaded, self.once, Events::new(log_event)))?;
+        super::block_on(run(&loaded, self.once, events(&loaded, self.once)))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -45,19 +45,37 @@ pub async fn run(loaded: &Loaded, once: bool, events: Events) -> Result<()> {
     prepared.run().await
 }
 
+/// Log lines of a pipeline. What also ends it is told as its error, once.
+pub fn events(loaded: &Loaded, once: bool) -> Events {
+    let one_source = loaded.config.sources.len() == 1;
+    Events::new(move |event| match event {
+        Event::SourceFailed { .. } if one_source => {}
+        Event::ProjectionFailed { projection, reason } if once => {
+            tracing::debug!(%projection, reason, "projection failed")
+        }
+        event => log_event(event),
+    })
+}
+
 /// Events as log lines: what needs a person warns, the rest informs.
-pub fn log_event(event: &Event) {
+fn log_event(event: &Event) {
     match event {
         Event::Appended { timeline, rows, took, .. } => tracing::debug!(%timeline, rows, ?took, "appended"),
         Event::Snapshot { capture, rows, done: true } => tracing::info!(%capture, rows, "snapshot done"),
         Event::Snapshot { capture, rows, .. } => tracing::debug!(%capture, rows, "snapshot"),
-        Event::Rejected { capture, reason, .. } => tracing::warn!(%capture, reason, "rejected, kept in ctl_rejected_changes"),
+        Event::Rejected { capture, reason, .. } => {
+            tracing::warn!(%capture, reason, "rejected, kept in ctl_rejected_changes")
+        }
         Event::CaptureFailed { capture, reason } => tracing::error!(%capture, reason, "capture stands still"),
         Event::SourceFailed { timeline, reason } => tracing::error!(%timeline, reason, "source ended"),
         Event::Advanced { rows, took } => tracing::debug!(rows, ?took, "state advanced"),
         Event::Projected { projection, rows, took, .. } => tracing::debug!(%projection, rows, ?took, "projected"),
-        Event::ProjectionFailed { projection, reason } => tracing::error!(%projection, reason, "projection failed, will be tried again"),
+        Event::ProjectionFailed { projection, reason } => {
+            tracing::error!(%projection, reason, "projection failed, will be tried again")
+        }
         Event::Retrying { what, reason, after } => tracing::warn!(what, reason, ?after, "trying again"),
-        Event::Compacted { capture, rows_before, rows_after } => tracing::info!(%capture, rows_before, rows_after, "compacted"),
+        Event::Compacted { capture, rows_before, rows_after } => {
+            tracing::info!(%capture, rows_before, rows_after, "compacted")
+        }
     }
 }
