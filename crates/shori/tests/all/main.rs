@@ -1,0 +1,15 @@
+//! The real program, end to end: real files, other processes, real signals.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod crates;
+mod demo;
+mod flow;
+mod harness;
+mod mistakes;
+mod mistakes_files;
+mod mistakes_sql;
+mod projections;
+mod small;
+mod spec4;
+mod spec4_log;

@@ -1,0 +1,169 @@
+//! What a person gets wrong: one clear line, the right status, nothing lost.
+
+use rustix::process::Signal;
+
+use crate::harness::{World, run, until};
+use crate::small::{CONFIGURATION, FILES, SOURCE, names, small};
+
+const VERBS: [&[&str]; 4] = [&["check"], &["run", "--once"], &["status"], &["verify"]];
+
+#[test]
+fn a_wrong_configuration_is_one_line_and_status_2() {
+    let mut world = small();
+    let cases: [(&str, &str, &[&str]); 8] = [
+        ("kind = \"latest\"", "knd = \"latest\"", &["shori.toml line", "unknown field `knd`", "did you mean kind?"]),
+        ("kind = \"latest\"", "kind = \"lates\"", &["shori.toml line", "did you mean latest?"]),
+        ("name = \"small\"\n", "", &["shori.toml line", "missing field `name`"]),
+        (
+            "path = \"source.db\"",
+            "path = \"${SHORI_TEST_NONE}\"",
+            &["shori.toml line", "SHORI_TEST_NONE", "put it in .env"],
+        ),
+        ("name = \"small\"", "name = \"small", &["shori.toml line"]),
+        ("busy_timeout_ms = 200", "busy_timeout_ms = \"long\"", &["shori.toml line", "invalid type"]),
+        ("path = \"serving.duckdb\"\n", "", &["shori.toml line", "missing field `path`"]),
+        ("[project]\ninterval_ms", "[projects]\ninterval_ms", &["shori.toml line", "did you mean project"]),
+    ];
+    for (right, wrong, parts) in cases {
+        assert!(CONFIGURATION.contains(right), "{right}");
+        world.configure(&CONFIGURATION.replacen(right, wrong, 1));
+        for verb in VERBS {
+            world.shori(verb).tells(2, parts);
+        }
+    }
+    assert!(!world.path("serving.duckdb").exists());
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_shori"));
+    command.args(["run", "-c", "nothing.toml"]).current_dir(world.folder.path());
+    run(command).tells(2, &["configuration nothing.toml", "-c"]);
+}
+
+#[test]
+fn a_projection_that_does_not_fit_its_kind_is_refused() {
+    let mut world = small();
+    let cases: [(&str, &str, &[&str]); 6] = [
+        ("table = \"others\"\n", "", &["projection others_latest", "names no table"]),
+        ("sql = \"amount_by_name.sql\"\n", "", &["projection amount_by_name", "has no sql"]),
+        ("sql = \"amount_by_name.sql\"", "sql = \"none.sql\"", &["none.sql", "named in"]),
+        ("key = [\"name\"]", "", &["projection amount_by_name", "has no key"]),
+        ("key = [\"name\"]", "key = [\"name\"]\ntarget = \"srving\"", &["srving", "did you mean serving?"]),
+        (
+            "key = [\"name\"]",
+            "key = [\"name\"]\nadditive = [\"amount\"]",
+            &["projection amount_by_name", "need a weight"],
+        ),
+    ];
+    for (right, wrong, parts) in cases {
+        world.configure(&CONFIGURATION.replacen(right, wrong, 1));
+        world.shori(&["run", "--once"]).tells(2, parts);
+    }
+    assert!(world.shori(&["check"]).status != Some(0));
+    world.configure(CONFIGURATION);
+    world.succeed(&["check"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
+}
+
+#[test]
+fn wrong_usage_is_status_2() {
+    let world = small();
+    for words in [&["rn"][..], &["run", "--onc"], &["demo", "--changes", "many"], &["query"]] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_shori"));
+        command.args(words).current_dir(world.folder.path());
+        let done = run(command);
+        assert_eq!(done.status, Some(2), "{done:?}");
+        assert!(done.err.starts_with("error: ") && done.err.contains("--help"), "{done:?}");
+    }
+}
+
+#[test]
+fn a_table_that_cannot_be_captured_stops_itself_only() {
+    let cases = [
+        ("create table loose (name text, amount text);", "loose", "no key"),
+        ("create table loose (id integer primary key, price MONEY);", "loose", "price"),
+        ("create view loose as select * from things;", "loose", "view"),
+        ("", "loose", "no such table"),
+    ];
+    for (statement, table, reason) in cases {
+        let mut world = World::configured(CONFIGURATION, &FILES, &format!("{SOURCE}\n{statement}"));
+        world.configure(
+            &CONFIGURATION.replace("[source.tables.others]", "[source.tables.others]\n[source.tables.loose]"),
+        );
+        world.shori(&["check"]).tells(1, &[table, reason, "; "]);
+        let mut running = world.run();
+        world.catch_up(&mut running);
+        world.write("insert into things values (3, 'three', '3.30');");
+        world.catch_up(&mut running);
+        assert_eq!(names(&world), ["one", "two", "three"], "neighbours go on");
+        let status = world.shori(&["status"]);
+        assert!(running.err().contains(reason), "it is told: {}", running.err());
+        running.stop();
+        println!("{status:?}");
+    }
+}
+
+#[test]
+fn a_projection_over_a_table_without_a_key_tells_and_holds_nobody_up() {
+    let loose = "\n[[projection]]\nname = \"loose_latest\"\nkind = \"latest\"\ntable = \"loose\"\n";
+    let source = format!("{SOURCE}\ncreate table loose (name text);");
+    let mut world = World::configured(CONFIGURATION, &FILES, &source);
+    world.configure(&format!(
+        "{}{loose}",
+        CONFIGURATION.replace("[source.tables.others]", "[source.tables.others]\n[source.tables.loose]")
+    ));
+    let mut running = world.run();
+    until("its error", || {
+        running.assert_running();
+        let query = "select last_error from ctl_projection_metadata where projection_name = 'loose_latest' and status = 'ERROR'";
+        let rows = world.try_query(query).ok()?;
+        rows.first()?.first()?.clone().filter(|error| error.contains("loose"))
+    });
+    world.write("insert into things values (3, 'three', '3.30');");
+    until("the neighbours", || (names_if_any(&world)? == ["one", "two", "three"]).then_some(()));
+    assert_eq!(world.shori(&["status"]).status, Some(1), "something stands still");
+    running.stop();
+    // With a key, it is captured.
+    world.write("create unique index loose_name on loose (name); drop table loose; create table loose (name text primary key not null);");
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    world.verify();
+}
+
+fn names_if_any(world: &World) -> Option<Vec<String>> {
+    let rows = world.try_query("select name from things_latest order by id").ok()?;
+    Some(rows.into_iter().map(|row| row[0].clone().unwrap_or_default()).collect())
+}
+
+#[test]
+fn a_second_process_in_one_folder_is_told_who_holds_it() {
+    let world = small();
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    world.shori(&["run"]).tells(1, &["folder", ".shori", "another shori process holds it", "stop that process"]);
+    world.shori(&["run", "--once"]).tells(1, &["another shori process holds it"]);
+    running.assert_running();
+    running.stop();
+    world.succeed(&["run", "--once"]);
+}
+
+#[test]
+fn the_second_interrupt_ends_at_once_and_nothing_is_lost() {
+    let mut world = small();
+    world.configure(&CONFIGURATION.replace("busy_timeout_ms = 200", "busy_timeout_ms = 600000"));
+    let holder = world.source();
+    holder.execute_batch("begin exclusive").unwrap();
+    let mut command = world.command(&["run"]);
+    command.env("LOG_LEVEL", "info");
+    let mut running = crate::harness::Running::start(command);
+    until("its start", || {
+        running.assert_running();
+        running.err().contains("running").then_some(())
+    });
+    running.signal(Signal::INT);
+    until("what it says to the first", || running.err().contains("a second signal ends at once").then_some(()));
+    running.assert_running();
+    running.signal(Signal::INT);
+    assert_eq!(running.end().status, Some(130));
+    holder.execute_batch("commit").unwrap();
+    world.succeed(&["run", "--once"]);
+    world.verify();
+}

@@ -1,0 +1,152 @@
+//! Queries that fail, and values that do not fit: kept, named, and in nobody's way.
+
+use crate::harness::{Running, World, until};
+use crate::small::{CONFIGURATION, QUERY, names, small};
+
+/// Waits until the query's projection shows an error with all of these parts.
+#[track_caller]
+fn fails_with(world: &World, running: &mut Running, parts: &[&str]) {
+    until("the query's error", || {
+        running.assert_running();
+        let query = "select last_error from ctl_projection_metadata where projection_name = 'amount_by_name' and status = 'ERROR'";
+        let error = world.try_query(query).ok()?.first()?.first()?.clone()?;
+        parts.iter().all(|part| error.contains(part)).then_some(())
+    });
+}
+
+#[test]
+fn a_query_that_does_not_parse_or_bind_is_named_by_file_and_line() {
+    let cases: [(&str, &str, &[&str]); 4] = [
+        ("group by name", "grup by name", &["amount_by_name.sql, line 6"]),
+        ("from things", "from thngs", &["amount_by_name.sql, line 5", "thngs"]),
+        ("    name,", "    nam,", &["amount_by_name.sql, line 3", "nam"]),
+        ("as amount", "as total), (", &["amount_by_name.sql"]),
+    ];
+    for (right, wrong, parts) in cases {
+        let world = small();
+        world.put("amount_by_name.sql", &QUERY.replacen(right, wrong, 1));
+        world.shori(&["check"]).tells(1, parts);
+        let mut running = world.run();
+        fails_with(&world, &mut running, parts);
+        world.write("insert into things values (3, 'three', '3.30');");
+        until("the neighbours", || {
+            let rows = world.try_query("select count(*) from things_history where is_current").ok()?;
+            (rows[0][0].as_deref() == Some("3")).then_some(())
+        });
+        assert_eq!(names(&world), ["one", "two", "three"]);
+        let status = world.shori(&["status"]);
+        assert_eq!(status.status, Some(1), "{status:?}");
+        assert!(parts.iter().all(|part| status.out.contains(part)), "{}", status.out);
+        running.stop();
+        world.put("amount_by_name.sql", QUERY);
+        let mut running = world.run();
+        world.catch_up(&mut running);
+        running.stop();
+        world.verify();
+        assert_eq!(world.value("select count(*) from amount_by_name"), "3");
+    }
+}
+
+#[test]
+fn a_query_without_its_key_or_with_a_key_twice_tells() {
+    let world = small();
+    world.put("amount_by_name.sql", "select name as other, amount from things");
+    world.shori(&["check"]).tells(1, &["amount_by_name", "name"]);
+    world.put("amount_by_name.sql", "select name, amount from things");
+    world.succeed(&["check"]);
+    world.write("insert into things values (3, 'two', '3.30');");
+    let mut running = world.run();
+    until("both rows", || {
+        running.assert_running();
+        (world.try_query("select count(*) from amount_by_name").ok()?[0][0].as_deref() == Some("3")).then_some(())
+    });
+    world.catch_up(&mut running);
+    let done = world.shori(&["verify"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.out.contains("1 duplicated") && done.out.contains("name=two"), "{}", done.out);
+    world.write("delete from things where id = 3;");
+    world.catch_up(&mut running);
+    world.verify();
+}
+
+#[test]
+fn a_query_that_fails_when_run_keeps_its_rows_and_heals_with_the_data() {
+    let world = small();
+    let number = QUERY.replace("sum(amount)", "sum(case when amount > 100 then cast(name as integer) else amount end)");
+    world.put("amount_by_name.sql", &number);
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    world.write("update things set amount = '200' where id = 2; insert into others values (2, 'later');");
+    fails_with(&world, &mut running, &["amount_by_name.sql", "two"]);
+    assert_eq!(world.value("select amount from amount_by_name where name = 'two'"), "2.20", "its rows stay");
+    until("the neighbours", || {
+        let rows = world.try_query("select count(*) from others_latest").ok()?;
+        (rows[0][0].as_deref() == Some("2")).then_some(())
+    });
+    let once = {
+        running.stop();
+        world.shori(&["run", "--once"])
+    };
+    once.tells(1, &["amount_by_name", "two"]);
+    let mut running = world.run();
+    world.write("update things set amount = '3' where id = 2;");
+    world.catch_up(&mut running);
+    world.verify();
+    running.stop();
+}
+
+#[test]
+fn spec4_13_a_value_that_does_not_fit_is_kept_with_reason_and_bytes() {
+    let world = small();
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    world.write(
+        "insert into things values (3, 'three', 'abc');
+        insert into things values (4, 'four', '4.4444');
+        insert into things values (5, 'five', '5.50');",
+    );
+    until("the rejected changes", || {
+        running.assert_running();
+        (world.try_query("select count(*) from ctl_rejected_changes").ok()?[0][0].as_deref() == Some("2")).then_some(())
+    });
+    world.catch_up(&mut running);
+    assert_eq!(names(&world), ["one", "two", "five"]);
+    let kept =
+        world.query("select capture_instance, reason, cast(raw as varchar) from ctl_rejected_changes order by lsn");
+    for (row, raw) in kept.iter().zip(["abc", "4.4444"]) {
+        let [capture, reason, bytes] = [0, 1, 2].map(|index| row[index].clone().unwrap());
+        assert_eq!(capture, "things");
+        assert!(reason.contains("column amount: "), "{reason}");
+        assert!(bytes.contains(raw), "{bytes}");
+    }
+    world.write("update things set amount = '3.30' where id = 3; delete from things where id = 4;");
+    world.catch_up(&mut running);
+    assert_eq!(names(&world), ["one", "two", "three", "five"], "a value that fits heals the row");
+    running.stop();
+    assert_eq!(world.value("select records_failed from pipeline_metadata"), "2");
+    world.verify();
+}
+
+#[test]
+fn spec4_13_values_that_do_not_fit_in_a_snapshot_are_kept_too() {
+    let world = small();
+    world.write("insert into things values (3, 'three', x'00ff'), (4, 'four', 'nought');");
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    assert_eq!(names(&world), ["one", "two"]);
+    assert_eq!(world.value("select count(*) from ctl_rejected_changes where capture_instance = 'things'"), "2");
+    running.stop();
+    world.succeed(&["run", "--once"]);
+    assert_eq!(world.value("select count(*) from ctl_rejected_changes"), "2", "told once");
+}
+
+#[test]
+fn a_type_named_for_a_column_that_is_not_there_is_refused() {
+    let mut world = small();
+    for (wrong, part) in [("amunt = \"decimal(18,2)\"", "no such column"), ("amount = \"money\"", "unknown type")] {
+        world.configure(&CONFIGURATION.replace("amount = \"decimal(18,2)\"", wrong));
+        let done = world.shori(&["check"]);
+        assert_eq!(done.status, Some(1), "{done:?}");
+        assert!(done.err.contains("table things") && done.err.contains(part), "{done:?}");
+    }
+}
