@@ -145,6 +145,10 @@ impl Ingestor {
             if stop.is_cancelled() || self.reached(&session) {
                 return Ok(Ended::Finished);
             }
+            // Under load there is no pause in which a request would be taken.
+            if let Ok(request) = self.requests.try_recv() {
+                return Ok(self.serve(request).await);
+            }
             batch = match ahead {
                 Some(next) => next,
                 None if batch.more => self.source.next(self.settings.batch).await?,
@@ -326,6 +330,24 @@ impl Ingestor {
             && session.expected.keys().all(|id| log.captures.get(id).is_none_or(|state| state.snapshot.is_done()))
     }
 
+    /// Does what was asked; the next session starts from what that left.
+    async fn serve(&mut self, request: IngestRequest) -> Ended {
+        let IngestRequest::Resnapshot { capture, retyped, done } = request;
+        let stored = self.store.request_snapshot(&capture, retyped).await;
+        failpoint::reached(failpoint::INGEST_AFTER_REQUEST);
+        if let Ok(progress) = &stored {
+            // Who has asked may wait for the snapshot's end, and must not take the former one for it.
+            self.log.send_modify(|log| {
+                if let Some(state) = log.captures.get_mut(&capture) {
+                    state.snapshot = progress.clone();
+                }
+            });
+        }
+        // A receiver that has gone away no longer wants the answer.
+        let _ = done.send(stored.map(|_| ()));
+        Ended::Again
+    }
+
     /// Waits for the source, but at least until `earliest`, for a request or the end.
     async fn pause(&mut self, stop: &CancellationToken, earliest: Instant) -> Result<Option<Ended>> {
         let (source, interval) = (&mut self.source, self.settings.poll_interval);
@@ -337,17 +359,7 @@ impl Ingestor {
         tokio::select! {
             biased;
             _ = stop.cancelled() => Ok(Some(Ended::Finished)),
-            Some(request) = self.requests.recv() => {
-                match request {
-                    IngestRequest::Resnapshot { capture, retyped, done } => {
-                        let stored = self.store.request_snapshot(&capture, retyped).await;
-                        failpoint::reached(failpoint::INGEST_AFTER_REQUEST);
-                        // A receiver that has gone away no longer wants the answer.
-                        let _ = done.send(stored.map(|_| ()));
-                    }
-                }
-                Ok(Some(Ended::Again))
-            }
+            Some(request) = self.requests.recv() => Ok(Some(self.serve(request).await)),
             waited = changed => waited,
         }
     }

@@ -32,7 +32,7 @@ use crate::transform::{Applied, Computed, StateTable, Transform};
 pub const KEPT_CHANGES_MAX_ROWS: u64 = 5_000_000;
 
 /// Kept changes above which consumed ones are let go of while more wait.
-const FORGET_ABOVE_ROWS: u64 = 50_000;
+const FORGET_ABOVE_ROWS: u64 = 10_000;
 
 #[derive(Clone, Copy, Debug)]
 pub struct ProjectSettings {
@@ -47,7 +47,7 @@ pub struct ProjectSettings {
 
 /// Asks the running projector for something.
 pub enum ProjectRequest {
-    /// Builds a projection anew; the answer comes when its first new output is committed.
+    /// Builds a projection anew; the answer comes when it shows again what the log held when it was asked for.
     Rebuild { projection: String, done: oneshot::Sender<Result<()>> },
 }
 
@@ -87,6 +87,21 @@ struct Worker {
     backoff: Backoff,
     not_before: Option<Instant>,
     waiting: Vec<oneshot::Sender<Result<()>>>,
+    /// Where the projection must stand before those who wait for it are answered.
+    goal: Positions,
+}
+
+impl Worker {
+    /// Tells those who wait that the projection is built, if it has come as far as they asked.
+    fn answer(&mut self) {
+        let Some(checkpoint) = &self.checkpoint else { return };
+        if self.goal.iter().all(|(id, goal)| checkpoint.get(id).is_none_or(|at| at >= goal)) {
+            for waiting in self.waiting.drain(..) {
+                // A receiver that has gone away no longer wants the answer.
+                let _ = waiting.send(Ok(()));
+            }
+        }
+    }
 }
 
 /// What a commit task brings back.
@@ -129,6 +144,10 @@ impl Projector {
             if stop.is_cancelled() {
                 break;
             }
+            // Under load there is no pause in which a request would be taken.
+            while let Ok(request) = self.requests.try_recv() {
+                self.serve(&mut state, request).await?;
+            }
             let log = self.log.borrow_and_update().clone();
             match self.cycle(&mut state, &log).await {
                 Ok(moved) => {
@@ -170,6 +189,7 @@ impl Projector {
             backoff: Backoff::new(self.settings.retry),
             not_before: None,
             waiting: Vec::new(),
+            goal: Positions::new(),
         }
     }
 
@@ -370,10 +390,7 @@ impl Projector {
             match self.transform.compute(&target.projection, worker.checkpoint.as_ref()).await {
                 Ok(Computed::UpToDate) => {
                     // Another process may have built what was asked of this one.
-                    for waiting in state.workers[index].waiting.drain(..) {
-                        // A receiver that has gone away no longer wants the answer.
-                        let _ = waiting.send(Ok(()));
-                    }
+                    state.workers[index].answer();
                 }
                 Ok(Computed::Behind) => {}
                 Ok(Computed::NeedsReplay) => {
@@ -443,10 +460,7 @@ impl Projector {
                 worker.checkpoint = Some(positions);
                 worker.backoff.succeeded();
                 worker.not_before = None;
-                for waiting in worker.waiting.drain(..) {
-                    // A receiver that has gone away no longer wants the answer.
-                    let _ = waiting.send(Ok(()));
-                }
+                worker.answer();
                 self.report(&state.workers[outcome.worker], None);
                 Ok(())
             }
@@ -538,8 +552,10 @@ impl Projector {
             let _ = done.send(Err(error));
             return Ok(());
         }
+        let goal = cutoffs(&self.log.borrow());
         let worker = &mut state.workers[index];
         worker.waiting.push(done);
+        worker.goal = goal;
         worker.loaded = false;
         worker.not_before = None;
         Ok(())
@@ -571,6 +587,17 @@ impl Projector {
             None => Ok(()),
         }
     }
+}
+
+/// How far captures that do not stand still can be projected: per timeline, its lowest boundary.
+fn cutoffs(log: &LogState) -> Positions {
+    let mut lowest: BTreeMap<&Arc<str>, Position> = BTreeMap::new();
+    let moving = || log.captures.iter().filter(|(_, capture)| capture.failed.is_none());
+    for (_, capture) in moving() {
+        let boundary = capture.watermark.boundary;
+        lowest.entry(&capture.timeline).and_modify(|at| *at = (*at).min(boundary)).or_insert(boundary);
+    }
+    moving().filter_map(|(id, capture)| Some((id.clone(), *lowest.get(&capture.timeline)?))).collect()
 }
 
 fn key_of(tables: &[StateTable], table: &str) -> Vec<String> {
