@@ -298,6 +298,10 @@ impl Source for MemorySource {
         let commit = commit_of(&self.watermark.staged);
         let between = self.watermark.staged == self.watermark.boundary;
         let chunk = self.wants_chunk();
+        if chunk.is_none() {
+            // Whoever wanted it may have failed meanwhile.
+            self.chunk_commit = None;
+        }
         if chunk.is_some() && self.chunk_commit.is_none_or(|due| due < commit) {
             self.chunk_commit = Some(self.database.head());
         }

@@ -16,6 +16,7 @@ use super::memory_log::{LogRow, change_batch, compact, log_rows};
 use super::memory_target::{Status, TargetTable};
 use super::planted::{self, Plant};
 use super::value::Row;
+use crate::change::ChangeBatch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::position::{CaptureId, Micros, Position, Watermark};
 use crate::projection::Target;
@@ -74,6 +75,30 @@ impl MemoryStorage {
             appends: 0,
             before_append: None,
         })))
+    }
+
+    /// What another store holds, for an oracle to look at.
+    pub fn seen(
+        captures: Vec<(CaptureState, Vec<ChangeBatch>)>,
+        targets: Vec<TargetTable>,
+        rejected: Vec<Rejected>,
+        runs: Vec<RunRecord>,
+    ) -> Result<Self> {
+        let storage = Self::new("seen");
+        let mut stored = storage.stored();
+        for (state, batches) in captures {
+            let id = CaptureId::new(&state.timeline, &state.schema.table);
+            let mut rows = Vec::new();
+            for batch in &batches {
+                rows.extend(log_rows(batch, 0)?);
+            }
+            stored.captures.insert(id, CaptureLog { state, retyped: false, rows });
+        }
+        stored.targets.extend(targets.into_iter().map(|table| (table.target.projection.to_string(), table)));
+        stored.rejected = rejected;
+        stored.runs.extend(runs.into_iter().map(|run| (run.run_id.clone(), run)));
+        drop(stored);
+        Ok(storage)
     }
 
     pub fn open(&self, faults: Faults) -> MemoryStore {

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod simulation;
 mod store;
 mod store_compact;
 mod store_contract;
