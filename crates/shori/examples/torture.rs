@@ -137,7 +137,7 @@ impl Torture {
         let choice = match place {
             Some(failpoint::COMPACT_BETWEEN) => 0,
             Some(failpoint::INGEST_AFTER_REQUEST) => 1,
-            _ => self.rng.random_range(0..6),
+            _ => self.rng.random_range(0..12),
         };
         let mut words = match choice {
             0 => vec!["compact"],

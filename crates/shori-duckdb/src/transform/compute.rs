@@ -7,13 +7,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use shori_core::Result;
 use shori_core::position::{CaptureId, Micros, Positions};
 use shori_core::projection::{
     Derivation, HistoryProjection, Maintenance, Measures, Projection, SqlProjection, history,
 };
 use shori_core::store::OutputKind;
 use shori_core::transform::Applied;
+use shori_core::{Error, ErrorKind, Result};
 
 use super::advance::LEAVES_ROW;
 use super::entity::{self, Scope, Sets, schema_after, schema_before};
@@ -24,7 +24,7 @@ use super::session::{Session, WORK};
 use super::settle;
 use super::steps::{self, Need, Ranges, Standing};
 use super::tables::{Table, comma, lsn_bytes};
-use crate::database::quote_name;
+use crate::database::{quote_name, quote_text};
 
 /// An output as it lies there.
 pub(super) struct Laid {
@@ -237,7 +237,29 @@ impl Computation<'_> {
         self.laid(shape, OutputKind::Merge)
     }
 
+    /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
+    fn check_key(&self, shape: &Shape) -> Result<()> {
+        let keys: Vec<String> = shape.key.iter().map(|name| quote_name(name)).collect();
+        let named = shape.key.iter().zip(&keys).map(|(name, quoted)| {
+            format!("{} || coalesce({quoted}::varchar, 'null')", quote_text(&format!("{name}=")))
+        });
+        let twice = self.session.rows(
+            &format!(
+                "select concat_ws(', ', {}) from {} group by {} having count(*) > 1 limit 1",
+                comma(named),
+                self.place.rows(),
+                keys.join(", ")
+            ),
+            |row| row.get::<_, String>(0),
+        )?;
+        let Some(key) = twice.first() else { return Ok(()) };
+        let cause = format!("its key is not unique: {key} comes more than once");
+        Err(Error::new(ErrorKind::Projection, "refresh", format!("projection {}", self.projection.name), cause)
+            .with_remedy("name more columns in its key, or group by it"))
+    }
+
     fn laid(&self, shape: &Shape, kind: OutputKind) -> Result<Laid> {
+        self.check_key(shape)?;
         let rows = Part::of_table(self.session, PartKind::Upsert, self.place.rows(), shape.published.clone())?;
         let mut parts = vec![rows];
         if kind == OutputKind::Merge {

@@ -250,7 +250,7 @@ fn load_images(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput,
     let mut columns = vec![ColumnInput::new("change_id", "int64"), ColumnInput::new("change_op", "int64")];
     columns.extend(table.columns.iter().cloned());
     let mut statement = reading.prepare(&query).map_err(refuse)?;
-    let mut loader = Loader::new(scratch, "touched", &table.name, columns)?;
+    let mut loader = Loader::new(scratch, "touched", &table.name, columns)?.leaving_misfits();
     let mut rows = statement.query([capture.number]).map_err(refuse)?;
     while let Some(row) = rows.next().map_err(refuse)? {
         loader.push(|index| -> rusqlite::Result<ValueRef<'_>> { row.get_ref(index) })?;

@@ -104,6 +104,8 @@ pub(super) struct Loader<'s> {
     columns: Vec<ColumnInput>,
     builders: Vec<Builder>,
     rows: usize,
+    /// Rows with a value that does not fit its column are left out instead of refused.
+    leaves_misfits: bool,
 }
 
 impl<'s> Loader<'s> {
@@ -130,7 +132,13 @@ impl<'s> Loader<'s> {
             target.join(", "),
             raw.join(", ")
         ))?;
-        Ok(Self { scratch, schema, table: table.to_string(), columns, builders, rows: 0 })
+        Ok(Self { scratch, schema, table: table.to_string(), columns, builders, rows: 0, leaves_misfits: false })
+    }
+
+    /// Leaves out rows with a value that does not fit: such a change is in the rejected log, not in a projection.
+    pub(super) fn leaving_misfits(mut self) -> Self {
+        self.leaves_misfits = true;
+        self
     }
 
     /// Adds one row; `value` gives the value of each column.
@@ -172,8 +180,16 @@ impl<'s> Loader<'s> {
             .iter()
             .map(|column| format!("cast({} as {})", quote_name(&column.name), duckdb_type(&column.type_name)))
             .collect();
+        let fits = |column: &ColumnInput| {
+            let (name, wanted) = (quote_name(&column.name), duckdb_type(&column.type_name));
+            format!("({name} is null or try_cast({name} as {wanted}) is not null)")
+        };
+        let condition = match self.leaves_misfits {
+            true => self.columns.iter().map(fits).collect::<Vec<_>>().join(" and "),
+            false => "true".into(),
+        };
         self.scratch.execute(&format!(
-            "insert into {}.{} select {} from main.raw; truncate main.raw;",
+            "insert into {}.{} select {} from main.raw where {condition}; truncate main.raw;",
             self.schema,
             quote_name(&self.table),
             casts.join(", ")
