@@ -7,6 +7,7 @@
 
 pub mod acts;
 pub mod checks;
+pub mod faulty;
 pub mod parts;
 pub mod plan;
 pub mod source;
