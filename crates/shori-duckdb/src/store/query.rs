@@ -47,7 +47,7 @@ fn run(session: &Session, sql: &str) -> Result<Vec<RecordBatch>> {
 fn reading_statement(sql: &str) -> Result<&str> {
     let refuse = |cause: &str| Err(Error::new(ErrorKind::Usage, "answer", "the question", cause));
     let statement = sql.trim();
-    let statement = statement.strip_suffix(';').unwrap_or(statement);
+    let statement = statement.strip_suffix(';').unwrap_or(statement).trim_end();
     if statement.contains(';') {
         return refuse("only one statement is taken, and no semicolon within (chr(59) makes one)");
     }
