@@ -82,6 +82,8 @@ struct Session {
     watermark: Watermark,
     /// What `once` waits for.
     goal: Option<Position>,
+    /// When it was last seen whether other processes had written.
+    looked: Instant,
 }
 
 impl Ingestor {
@@ -154,7 +156,7 @@ impl Ingestor {
                 None if batch.more => self.source.next(self.settings.batch).await?,
                 None => match self.pause(stop, begun + self.settings.linger).await? {
                     Some(ended) => return Ok(ended),
-                    None if self.others_mended().await? => return Ok(Ended::Again),
+                    None if self.others_wrote(&mut session).await? => return Ok(Ended::Again),
                     None => self.source.next(self.settings.batch).await?,
                 },
             };
@@ -185,9 +187,11 @@ impl Ingestor {
             state.failed.is_none() && captures.iter().any(|capture| capture.id == *id)
         };
         let active: Vec<_> = stored.iter().filter(|(id, state)| active(id, state)).collect();
-        let began = |id: &CaptureId| known.get(id).map_or(Position::ZERO, |state| state.watermark.staged);
-        if active.iter().any(|(id, state)| state.watermark.staged != began(id)) {
-            // The source goes on from where the store stood before.
+        let began = |id: &CaptureId| {
+            known.get(id).map_or((Position::ZERO, 1), |state| (state.watermark.staged, state.snapshot.generation))
+        };
+        if active.iter().any(|(id, state)| (state.watermark.staged, state.snapshot.generation) != began(id)) {
+            // The source goes on from where the store stood before, and knows of the snapshots asked for by then.
             return Err(self.overtaken());
         }
         let expected = active.iter().map(|(id, state)| ((*id).clone(), state.watermark.staged)).collect();
@@ -197,7 +201,8 @@ impl Ingestor {
             log.captures.extend(stored);
             log.ready.insert(timeline, Activity::Reading);
         });
-        Ok(Session { expected, watermark: watermark.unwrap_or(Watermark::ZERO), goal: None })
+        let (watermark, looked) = (watermark.unwrap_or(Watermark::ZERO), Instant::now());
+        Ok(Session { expected, watermark, goal: None, looked })
     }
 
     /// Captures whose schema can follow the stored one; the others are marked (contract 11).
@@ -364,19 +369,23 @@ impl Ingestor {
         }
     }
 
-    /// Whether a capture that stands still, as far as this process knows, has been mended by another.
-    async fn others_mended(&mut self) -> Result<bool> {
-        let timeline = self.source.timeline();
-        let failed = |state: &CaptureState| state.timeline == timeline && state.failed.is_some();
-        let known: Vec<CaptureId> = {
-            let log = self.log.borrow();
-            log.captures.iter().filter(|(_, state)| failed(state)).map(|(id, _)| id.clone()).collect()
-        };
-        if known.is_empty() {
+    /// Whether another process has moved the log on, asked for a snapshot or mended a capture. An idle source would not
+    /// tell: it may have nothing more to say.
+    async fn others_wrote(&mut self, session: &mut Session) -> Result<bool> {
+        if session.looked.elapsed() < self.settings.poll_interval {
             return Ok(false);
         }
+        session.looked = Instant::now();
+        let timeline = self.source.timeline();
         let stored = self.store.captures().await?;
-        Ok(known.iter().any(|id| stored.get(id).is_some_and(|state| state.failed.is_none())))
+        let log = self.log.borrow();
+        let moved = |(id, stored): (&CaptureId, &CaptureState)| {
+            let Some(known) = log.captures.get(id) else { return stored.timeline == timeline };
+            stored.watermark.staged > known.watermark.staged
+                || stored.snapshot.generation > known.snapshot.generation
+                || stored.failed.is_none() && known.failed.is_some()
+        };
+        Ok(stored.iter().any(moved))
     }
 }
 

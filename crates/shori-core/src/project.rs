@@ -148,8 +148,8 @@ impl Projector {
             while let Ok(request) = self.requests.try_recv() {
                 self.serve(&mut state, request).await?;
             }
-            let log = self.log.borrow_and_update().clone();
-            match self.cycle(&mut state, &log).await {
+            let mut log = self.log.borrow_and_update().clone();
+            match self.cycle(&mut state, &mut log).await {
                 Ok(moved) => {
                     backoff.succeeded();
                     if moved {
@@ -194,9 +194,19 @@ impl Projector {
     }
 
     /// One look at the log: applies a step if there is one, and starts what outputs can be made. Whether anything moved.
-    async fn cycle(&mut self, state: &mut State, log: &LogState) -> Result<bool> {
+    async fn cycle(&mut self, state: &mut State, log: &mut LogState) -> Result<bool> {
         if log.ready.len() < self.timelines {
             return Ok(false);
+        }
+        if self.has_ended(log) {
+            // Nobody tells any more what other processes write, and compaction may have passed what is known here.
+            let mut stored = self.staging.captures().await?;
+            // Mended or not, this process reads no more of what it left out.
+            for (id, state) in &mut stored {
+                let known = log.captures.get(id).and_then(|known| known.failed.clone());
+                state.failed = state.failed.take().or(known);
+            }
+            log.captures = stored;
         }
         self.open(state, log).await?;
         self.load_checkpoints(state).await?;
@@ -262,6 +272,8 @@ impl Projector {
                     worker.loaded = true;
                     worker.not_before = None;
                     state.forgotten = false;
+                    // Another process may have built what was asked of this one.
+                    worker.answer();
                     self.report(&state.workers[index], None);
                 }
                 Err(error) => self.failed(state, index, error).await?,
@@ -388,11 +400,7 @@ impl Projector {
                 Readiness::Ready { complete } => complete,
             };
             match self.transform.compute(&target.projection, worker.checkpoint.as_ref()).await {
-                Ok(Computed::UpToDate) => {
-                    // Another process may have built what was asked of this one.
-                    state.workers[index].answer();
-                }
-                Ok(Computed::Behind) => {}
+                Ok(Computed::UpToDate | Computed::Behind) => {}
                 Ok(Computed::NeedsReplay) => {
                     self.replay(state).await?;
                     return Ok(true);
@@ -561,10 +569,13 @@ impl Projector {
         Ok(())
     }
 
+    /// Whether every source of this process has brought what it will.
+    fn has_ended(&self, log: &LogState) -> bool {
+        log.ready.len() >= self.timelines && log.ready.values().all(|activity| *activity == Activity::Ended)
+    }
+
     fn finished(&self, state: &State, log: &LogState) -> bool {
-        let ended =
-            log.ready.len() >= self.timelines && log.ready.values().all(|activity| *activity == Activity::Ended);
-        if !ended || !state.commits.is_empty() || self.next_step(state, log).is_some() {
+        if !self.has_ended(log) || !state.commits.is_empty() || self.next_step(state, log).is_some() {
             return false;
         }
         let failed = self.progress.borrow().failed.clone();

@@ -20,7 +20,8 @@ use crate::schema::TableSchema;
 ///   are the same on every reading, also after a restart.
 /// - **Resumption.** After [`start`](Source::start), reading goes on above the lowest watermark given; captures with a
 ///   higher one may see changes again, which the store drops by position. A source keeps nothing durable of its own
-///   about what was read: the watermarks given are the truth (contract 5).
+///   about what was read: the watermarks given are the truth (contract 5). The end of what there is to read is never
+///   below the highest watermark given: captures that were apart come to one place, though nothing new is committed.
 /// - **Boundaries.** `watermark.boundary` is a place between two commits, at or below `watermark.staged`, and never
 ///   moves back (contract 3). A transaction may span batches.
 /// - **Idle captures.** The batch's watermark holds for every active capture of the timeline, whether or not it changed

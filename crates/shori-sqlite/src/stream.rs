@@ -219,7 +219,10 @@ fn read_changes(
 
 /// The stream is at the target: the boundary moves, and the chunk follows if it fits into this batch.
 fn arrive(cursor: &mut Cursor, target: Target, room: BatchLimit, batch: &mut SourceBatch) -> Result<()> {
-    move_to(cursor, positions::of_change(target.id)?, target.time);
+    let at = positions::of_change(target.id)?;
+    // Chunks that were read here before do not come again: reading goes on after them.
+    let passed = Some(cursor.furthest).filter(|furthest| furthest.lsn == at.lsn);
+    move_to(cursor, passed.map_or(at, |passed| passed.max(at)), target.time);
     let Some(chunk) = cursor.chunk.clone() else {
         cursor.target = None;
         return Ok(());

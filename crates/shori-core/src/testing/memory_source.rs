@@ -219,9 +219,19 @@ impl MemorySource {
             }
             if taken == count {
                 self.set_position(commit);
+                self.pass_chunks(commit);
             }
         }
         collected
+    }
+
+    /// Chunks read under a commit before the start do not come again when its changes do: reading goes on after them.
+    fn pass_chunks(&mut self, commit: u64) {
+        let staged = self.captures.values().map(|reading| reading.staged);
+        if let Some(passed) = staged.filter(|staged| commit_of(staged) == commit).max() {
+            self.watermark.staged = self.watermark.staged.max(passed);
+            self.watermark.boundary = self.watermark.staged;
+        }
     }
 
     fn collect(&self, collected: &mut Collected, mut image: Image) {

@@ -62,6 +62,7 @@ pub async fn run(harness: &dyn SourceHarness) {
     idle_captures_move_on(harness.fresh().await).await;
     an_interrupted_snapshot_is_resumed(harness.fresh().await).await;
     a_resnapshot_has_the_next_generation(harness.fresh().await).await;
+    captures_apart_meet_again(harness.fresh().await).await;
     a_gap_is_an_error_with_a_remedy(harness.fresh().await).await;
 }
 
@@ -356,6 +357,25 @@ async fn a_resnapshot_has_the_next_generation(system: Box<dyn SourceSystem>) {
     assert_eq!(progress.generation, 2, "snapshots: the generation is the one requested");
     assert!(progress.end_time > 0, "snapshots: the end has a source time");
     reader.assert_caught_up("a resnapshot");
+}
+
+async fn captures_apart_meet_again(system: Box<dyn SourceSystem>) {
+    let mut reader = Reader::new(system);
+    reader.commit(&[item(1, "one"), item(2, "two")]).await;
+    reader.start().await;
+    reader.read_all(LARGE).await;
+    let quiet = reader.system.capture("quiet");
+    let behind = reader.known[&quiet].watermark;
+    reader.commit(&[item(3, "three")]).await;
+    reader.known.get_mut(&reader.system.capture("items")).unwrap().snapshot = SnapshotProgress::requested(2);
+    reader.start().await;
+    reader.read_all(LARGE).await;
+    let furthest = reader.watermark.staged;
+    reader.known.get_mut(&quiet).unwrap().watermark = behind;
+    reader.start().await;
+    reader.read_all(LARGE).await;
+    assert!(reader.watermark.boundary >= furthest, "boundaries: captures that were apart never stand at one place");
+    reader.assert_caught_up("captures apart");
 }
 
 async fn a_gap_is_an_error_with_a_remedy(system: Box<dyn SourceSystem>) {

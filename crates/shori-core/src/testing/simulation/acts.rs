@@ -115,7 +115,10 @@ async fn request(world: Arc<World>, request: Request) {
             };
             match answered {
                 Ok(()) => world.faults.note(&format!("answered {what}")),
-                Err(_) => world.fail(format!("{what} was never answered")),
+                Err(_) => {
+                    let lag = checks::lag(&world).unwrap_or_default();
+                    world.fail(format!("{what} was never answered: {lag}"));
+                }
             }
         }
     }
