@@ -85,8 +85,8 @@ pub trait Store: Send + Sync {
 
     async fn commit_output(&self, commit: OutputCommit<'_>) -> Result<Committed>;
 
-    /// Sets status ERROR and the message, leaves rows and checkpoint.
-    async fn record_error(&self, projection: &str, message: &str) -> Result<()>;
+    /// Sets status ERROR and the message, leaves rows and checkpoint. `None` takes an error back, if there is one.
+    async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()>;
 
     /// Forgets the projection's checkpoint, so that it is built anew; its rows stay until the next output replaces
     /// them. A history keeps the versions at or below the log's horizon.

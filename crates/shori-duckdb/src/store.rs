@@ -158,9 +158,13 @@ impl Store for DuckdbStore {
         database.run(move || open.finish(&sessions)).await
     }
 
-    async fn record_error(&self, projection: &str, message: &str) -> Result<()> {
-        let (projection, message) = (projection.to_string(), message.to_string());
-        self.run(move |session| target::record_error(session, &projection, &message)).await
+    async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()> {
+        let (projection, message) = (projection.to_string(), message.map(String::from));
+        let record = move |session: &Session| match message {
+            Some(message) => target::record_error(session, &projection, &message),
+            None => target::clear_error(session, &projection),
+        };
+        self.run(record).await
     }
 
     async fn reset_projection(&self, projection: &str) -> Result<()> {

@@ -476,11 +476,16 @@ impl Store for MemoryStore {
         Ok(Committed::Applied { rows })
     }
 
-    async fn record_error(&self, projection: &str, message: &str) -> Result<()> {
+    async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()> {
         self.faults.step("store.record_error").await?;
         if let Some(table) = self.storage.stored().targets.get_mut(projection) {
-            table.status = Status::Error;
-            table.last_error = Some(message.into());
+            table.status = match (message, &table.checkpoint) {
+                (Some(_), _) => Status::Error,
+                (None, _) if table.status != Status::Error => return Ok(()),
+                (None, None) => Status::Init,
+                (None, Some(_)) => Status::Ok,
+            };
+            table.last_error = message.map(String::from);
         }
         Ok(())
     }

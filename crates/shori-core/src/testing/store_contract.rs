@@ -290,7 +290,8 @@ async fn outputs_are_one_transaction(system: &dyn StoreSystem) {
     assert_eq!(system.rows(store.as_ref(), &target).await.len(), 2, "neither changes a row");
     let gone = OutputRows::Delete(batch_of(&notes.columns.project(&[0]).unwrap().fields, &[row([Value::Integer(1)])]));
     commit(Some(1), 2, OutputKind::Merge, vec![upsert(3, "three"), gone], false).await.unwrap();
-    store.record_error("notes_latest", "a message").await.unwrap();
+    store.record_error("notes_latest", Some("a message")).await.unwrap();
+    store.record_error("notes_latest", None).await.unwrap();
     let mut rows = system.rows(store.as_ref(), &target).await;
     rows.sort();
     assert_eq!(rows, [row([2.into(), "two".into()]), row([3.into(), "three".into()])]);

@@ -182,7 +182,7 @@ impl Store for StoreTwin<'_> {
         Ok(other)
     }
 
-    async fn record_error(&self, projection: &str, message: &str) -> Result<()> {
+    async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()> {
         let model = self.model.record_error(projection, message).await;
         alike(model, self.other.record_error(projection, message).await, "record_error").map(drop)
     }

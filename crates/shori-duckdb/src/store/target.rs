@@ -73,6 +73,13 @@ update ctl_projection_metadata
 set status = 'ERROR', last_error = ?
 where projection_name = ?";
 
+const CLEAR_ERROR: &str = "
+update ctl_projection_metadata as metadata
+set last_error = null, status = case
+    when exists (select 1 from ctl_projection_checkpoints as kept where kept.projection_name = metadata.projection_name)
+    then 'OK' else 'INIT' end
+where projection_name = ? and status = 'ERROR'";
+
 const SET_INIT: &str = "
 update ctl_projection_metadata
 set status = 'INIT', as_of_lsn = null, as_of_time = null
@@ -249,6 +256,10 @@ pub(super) fn record_error(session: &Session, projection: &str, message: &str) -
         }
         Ok(())
     })
+}
+
+pub(super) fn clear_error(session: &Session, projection: &str) -> Result<()> {
+    session.transaction(METADATA, |session| session.execute(CLEAR_ERROR, &[text(projection)], METADATA).map(|_| ()))
 }
 
 pub(super) fn reset(session: &Session, projection: &str) -> Result<()> {

@@ -194,9 +194,13 @@ async fn contract4_rows_checkpoint_and_metadata_are_one() {
     assert_eq!(stored_rows(&store).await, [((Some(1), "a".into()), Some(1))]);
     let checkpoint = store.checkpoint("proj_kpi").await.unwrap().unwrap();
     assert_eq!((checkpoint.positions, checkpoint.as_of_time), (positions(1), 1));
-    store.record_error("proj_kpi", "no such column").await.unwrap();
+    store.record_error("proj_kpi", Some("no such column")).await.unwrap();
     let status = store.projection_statuses().await.unwrap().remove(0);
     assert_eq!((status.status.as_str(), status.last_error.as_deref()), ("ERROR", Some("no such column")));
+    store.record_error("proj_kpi", None).await.unwrap();
+    let status = store.projection_statuses().await.unwrap().remove(0);
+    assert_eq!((status.status.as_str(), status.last_error, status.as_of_lsn), ("OK", None, Some(at(1, 0).lsn)));
+    store.record_error("proj_kpi", Some("no such column")).await.unwrap();
     commit(&store, &target, (1, 2), OutputKind::Merge, part(5), zero).await.unwrap();
     let status = store.projection_statuses().await.unwrap().remove(0);
     assert_eq!((status.status.as_str(), status.last_error, status.as_of_lsn), ("OK", None, Some(at(2, 0).lsn)));

@@ -133,7 +133,7 @@ impl Store for FaultyStore {
         between!(self, commit_output(commit))
     }
 
-    async fn record_error(&self, projection: &str, message: &str) -> Result<()> {
+    async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()> {
         between!(self, record_error(projection, message))
     }
 
