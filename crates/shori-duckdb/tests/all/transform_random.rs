@@ -118,20 +118,6 @@ impl World {
     }
 
     fn assert_right(&self, context: &str) {
-        if std::env::var("SHORI_EACH").is_ok() {
-            for projection in model_projections() {
-                let verdict = oracle::check_target(&self.database, &self.storage, &projection);
-                println!("{} {context}: {verdict:?}", projection.name);
-                if verdict.is_err() {
-                    for table in projection.tables() {
-                        for row in self.storage.log(&self.database.capture(&table)) {
-                            println!("  {table} {} {:?} {:?} {:?}", row.position, row.op, row.row, row.unchanged);
-                        }
-                    }
-                    break;
-                }
-            }
-        }
         oracle::assert_right(&self.database, &self.storage, &model_projections(), context);
     }
 }

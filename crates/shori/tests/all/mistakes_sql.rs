@@ -1,7 +1,7 @@
 //! Queries that fail, and values that do not fit: kept, named, and in nobody's way.
 
 use crate::harness::{Running, World, until};
-use crate::small::{CONFIGURATION, QUERY, names, small};
+use crate::small::{CONFIGURATION, FILES, QUERY, SOURCE, names, small};
 
 /// Waits until the query's projection shows an error with all of these parts.
 #[track_caller]
@@ -61,6 +61,23 @@ fn a_query_without_its_key_or_with_a_key_twice_tells() {
     world.write("delete from things where id = 3;");
     world.catch_up(&mut running);
     world.verify();
+}
+
+/// Sums of which one does not add: `check` tries it out on sampled rows.
+#[test]
+fn a_declaration_that_does_not_fit_its_query_is_found_by_check() {
+    let entity =
+        "key = [\"name\"]\nadditive = [\"amount\"]\nweight = \"weight\"\n[projection.entity]\nthings = \"id\"\n";
+    let configuration = CONFIGURATION.replace("key = [\"name\"]\n", entity);
+    let sum = "cast(sum(amount) as decimal(18, 2)) as amount";
+    let weighed = QUERY.replace(sum, "cast(sum(amount) as decimal(18, 2)) as amount, count(*) as weight");
+    let more: String =
+        (3..60).map(|id| format!("insert into things values ({id}, 'n{}', '{id}.00');\n", id % 5)).collect();
+    let world = World::configured(&configuration, &FILES, &format!("{SOURCE}{more}"));
+    world.put("amount_by_name.sql", &weighed);
+    world.succeed(&["check"]);
+    world.put("amount_by_name.sql", &weighed.replace("sum(amount)", "max(amount)"));
+    world.shori(&["check"]).tells(1, &["amount_by_name", "tried on sampled rows", "additive"]);
 }
 
 #[test]
