@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    shori::heap::bound();
     shori::cli::main()
 }
