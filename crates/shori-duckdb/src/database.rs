@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
+use crate::freed_memory::Watch;
+
 /// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
 /// enough for a quick start after a crash.
 const WAL_AUTOCHECKPOINT: &str = "64MiB";
@@ -30,6 +32,7 @@ pub struct Settings {
 pub struct Database {
     root: Arc<Mutex<Connection>>,
     inline: bool,
+    _freed_memory: Option<Arc<Watch>>,
 }
 
 impl Database {
@@ -44,7 +47,11 @@ impl Database {
             .and_then(|config| config.with("temp_directory", settings.spill_directory.display().to_string()))
             .map_err(fail)?;
         let root = Connection::open_in_memory_with_flags(config).map_err(fail)?;
-        Ok(Self { root: Arc::new(Mutex::new(root)), inline: settings.inline })
+        let watch = match settings.inline {
+            true => None,
+            false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
+        };
+        Ok(Self { root: Arc::new(Mutex::new(root)), inline: settings.inline, _freed_memory: watch.map(Arc::new) })
     }
 
     /// Attaches the file as catalog `name`, creating it if missing. Attaching it again under its name does nothing.

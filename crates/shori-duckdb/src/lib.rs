@@ -1,6 +1,7 @@
 //! DuckDB, embedded: as the place where state is kept and outputs are computed, and as a store.
 
 pub mod database;
+mod freed_memory;
 pub mod store;
 pub mod transform;
 mod types;
