@@ -31,6 +31,7 @@ use shori_core::store::{
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::Database;
+pub use query::{ANSWER_ROWS_MAX, Answer, too_many};
 use session::{Session, Sessions, now, text, time};
 pub use target::ProjectionStatus;
 
@@ -54,10 +55,17 @@ impl DuckdbStore {
         Ok(Self { sessions: Arc::new(Sessions::new(database.clone(), catalog)) })
     }
 
-    /// The answer to one reading statement; anything else is refused. An empty answer is one batch without rows.
+    /// The answer to one reading statement, of [`ANSWER_ROWS_MAX`] rows at most; anything else is refused. An empty answer
+    /// is one batch without rows.
     pub async fn query(&self, sql: &str) -> Result<Vec<RecordBatch>> {
         let sql = sql.to_string();
         self.run(move |session| query::query(session, &sql)).await
+    }
+
+    /// The answer to one reading statement, of any number of rows, in memory that does not grow with them. It sees one
+    /// state of the store, which the store keeps as long as the answer is held.
+    pub async fn stream(&self, sql: &str) -> Result<Answer> {
+        query::stream(&self.sessions, sql).await
     }
 
     /// Where every projection with a target here stands.

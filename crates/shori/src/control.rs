@@ -1,24 +1,39 @@
 //! The local socket of a running pipeline, and who speaks to it.
 //!
 //! A DuckDB file admits one process. While a pipeline runs, other commands reach its files through a Unix socket in its
-//! folder; only the owner of the folder may connect. A request is one line of JSON; the answer is one line of JSON,
-//! followed by as many bytes of an Arrow stream as the line says.
+//! folder; only the owner of the folder may connect. A request is one line of JSON, and so is the answer. The answer to a
+//! query has rows behind it, if its line says so: an Arrow stream in [`frames`], then a line that tells whether it is all.
+//!
+//! Rows go out while the statement runs, and only as fast as they are taken, so neither side's memory grows with them. An
+//! answer that nobody takes is given up: while it stands, the store keeps what it sees.
 
-use std::io::{BufRead, BufReader, Read, Write};
+mod frames;
+
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use arrow::error::ArrowError;
+use arrow::ipc::reader::StreamReader;
+use arrow::ipc::writer::StreamWriter;
 use serde::{Deserialize, Serialize};
 use shori_core::pipeline::Handle;
 use shori_core::{Error, ErrorKind, Result};
-use shori_duckdb::store::DuckdbStore;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+use shori_duckdb::store::{self, DuckdbStore};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::OwnedWriteHalf;
+
+use frames::Frames;
 
 /// Longest request, in bytes.
 const REQUEST_MAX_BYTES: u64 = 1 << 20;
+/// How long rows wait to be taken.
+const TAKEN_WITHIN: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -34,9 +49,9 @@ pub enum Request {
 struct Answer {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     error: Option<Failure>,
-    /// Bytes of Arrow stream that follow.
+    /// Whether rows follow, and another answer behind them.
     #[serde(default)]
-    bytes: usize,
+    has_rows: bool,
     #[serde(default)]
     number: u64,
 }
@@ -99,44 +114,87 @@ impl Server {
     }
 
     async fn serve(&self, stream: tokio::net::UnixStream) -> std::io::Result<()> {
-        let (read, mut write) = stream.into_split();
+        let (mut read, mut write) = stream.into_split();
         let mut line = String::new();
-        let limited = tokio::io::AsyncReadExt::take(read, REQUEST_MAX_BYTES);
+        let limited = (&mut read).take(REQUEST_MAX_BYTES);
         tokio::io::BufReader::new(limited).read_line(&mut line).await?;
         let request = serde_json::from_str::<Request>(&line)
             .map_err(|cause| Error::new(ErrorKind::Usage, "read", "a request on the socket", cause));
         let answered = match request {
+            Ok(Request::Query { store, sql }) => {
+                let mut gone = [0];
+                tokio::select! {
+                    // A client says nothing after its request: what comes is its end. Then the statement is for nobody.
+                    _ = read.read(&mut gone) => return Ok(()),
+                    answered = self.rows(&store, &sql, &mut write) => answered?,
+                }
+            }
             Ok(request) => self.answer(request).await,
             Err(error) => Err(error),
         };
-        let (answer, bytes) = match answered {
-            Ok(answered) => answered,
-            Err(error) => (Answer { error: Some(failure(&error)), ..Answer::default() }, Vec::new()),
-        };
-        let mut head = serde_json::to_vec(&answer)?;
-        head.push(b'\n');
-        write.write_all(&head).await?;
-        write.write_all(&bytes).await?;
+        let failed = |error: Error| Answer { error: Some(failure(&error)), ..Answer::default() };
+        tell(&mut write, &answered.unwrap_or_else(failed)).await?;
         write.shutdown().await
     }
 
-    async fn answer(&self, request: Request) -> Result<(Answer, Vec<u8>)> {
+    async fn answer(&self, request: Request) -> Result<Answer> {
         let mut answer = Answer::default();
-        let mut bytes = Vec::new();
         match request {
-            Request::Query { store, sql } => {
-                let unknown =
-                    || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
-                let store = self.stores.get(&store).ok_or_else(unknown)?.clone();
-                bytes = encode(&store.query(&sql).await?)?;
-                answer.bytes = bytes.len();
-            }
+            Request::Query { .. } => {}
             Request::Rebuild { projection } => self.handle.rebuild(&projection).await?,
             Request::Resnapshot { table, retyped } => self.handle.resnapshot(&table, retyped).await?,
             Request::Compact => answer.number = self.handle.compact().await?,
             Request::Pid => answer.number = u64::from(std::process::id()),
         }
-        Ok((answer, bytes))
+        Ok(answer)
+    }
+
+    /// Answers a query, all but its last line. The outer error is that of the connection.
+    async fn rows(&self, store: &str, sql: &str, write: &mut OwnedWriteHalf) -> std::io::Result<Result<Answer>> {
+        let unknown = || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
+        let found = self.stores.get(store).ok_or_else(unknown);
+        let mut rows = match found {
+            Ok(store) => match store.stream(sql).await {
+                Ok(rows) => rows,
+                Err(error) => return Ok(Err(error)),
+            },
+            Err(error) => return Ok(Err(error)),
+        };
+        tell(write, &Answer { has_rows: true, ..Answer::default() }).await?;
+        let sent = send(&mut rows, write).await?;
+        frames::end(write).await?;
+        Ok(sent.map(|()| Answer::default()))
+    }
+}
+
+async fn tell(write: &mut OwnedWriteHalf, answer: &Answer) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    write.write_all(&line).await
+}
+
+/// Sends rows in frames. The outer error is that of the connection.
+async fn send(rows: &mut store::Answer, write: &mut OwnedWriteHalf) -> std::io::Result<Result<()>> {
+    let mut encoded = match StreamWriter::try_new(Vec::new(), rows.schema()) {
+        Ok(encoded) => encoded,
+        Err(error) => return Ok(Err(error.into())),
+    };
+    loop {
+        let next = rows.next().await;
+        let ended = next.is_none();
+        let written = match next {
+            Some(Ok(batch)) => encoded.write(&batch),
+            Some(Err(error)) => return Ok(Err(error)),
+            None => encoded.finish(),
+        };
+        if let Err(error) = written {
+            return Ok(Err(error.into()));
+        }
+        let bytes = std::mem::take(encoded.get_mut());
+        tokio::time::timeout(TAKEN_WITHIN, frames::write(write, &bytes)).await??;
+        if ended {
+            return Ok(Ok(()));
+        }
     }
 }
 
@@ -151,16 +209,6 @@ fn failure(error: &Error) -> Failure {
     }
 }
 
-fn encode(batches: &[RecordBatch]) -> Result<Vec<u8>> {
-    let Some(first) = batches.first() else { return Ok(Vec::new()) };
-    let mut writer = arrow::ipc::writer::StreamWriter::try_new(Vec::new(), &first.schema())?;
-    for batch in batches {
-        writer.write(batch)?;
-    }
-    writer.finish()?;
-    Ok(writer.into_inner()?)
-}
-
 /// Speaks to a running pipeline.
 pub struct Client {
     path: PathBuf,
@@ -173,13 +221,39 @@ impl Client {
         UnixStream::connect(&path).ok().map(|_| Self { path })
     }
 
+    /// The answer to a query for few rows. An empty one is one batch without rows.
     pub fn query(&self, store: &str, sql: &str) -> Result<Vec<RecordBatch>> {
-        let (_, bytes) = self.ask(&Request::Query { store: store.into(), sql: sql.into() })?;
-        if bytes.is_empty() {
-            return Ok(Vec::new());
+        let (mut batches, mut rows) = (Vec::new(), 0);
+        let schema = self.scan(store, sql, &mut |batch| {
+            rows += batch.num_rows();
+            batches.push(batch);
+            if rows > store::ANSWER_ROWS_MAX { Err(store::too_many()) } else { Ok(()) }
+        })?;
+        if batches.is_empty() {
+            batches.push(RecordBatch::new_empty(schema));
         }
-        let reader = arrow::ipc::reader::StreamReader::try_new(bytes.as_slice(), None)?;
-        Ok(reader.collect::<std::result::Result<_, _>>()?)
+        Ok(batches)
+    }
+
+    /// Hands the rows of a query to `take` as they come, in memory that does not grow with them. Returns their columns.
+    pub fn scan(&self, store: &str, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<SchemaRef> {
+        let (answer, reader) = self.ask(&Request::Query { store: store.into(), sql: sql.into() })?;
+        if !answer.has_rows {
+            let cause = "it is of another version of shori";
+            return Err(Error::new(ErrorKind::Usage, "query", "the running pipeline", cause).with_remedy("restart it"));
+        }
+        let mut frames = Frames::new(reader);
+        let mut refused = None;
+        let read = read_rows(&mut frames, &mut |batch| {
+            refused = take(batch).err();
+            refused.is_none()
+        });
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        // What the pipeline tells explains what was met here.
+        read_answer(&mut frames.rest().map_err(lost)?)?;
+        Ok(read?)
     }
 
     /// A number where the request has one for an answer.
@@ -187,33 +261,46 @@ impl Client {
         self.ask(request).map(|(answer, _)| answer.number)
     }
 
-    fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
-        let lost = |cause: std::io::Error| {
-            Error::new(ErrorKind::Unavailable, "reach", "the running pipeline", cause)
-                .with_remedy("is it still running?")
-        };
-        let exchange = || {
+    /// The answer's line, and what the rest is read from.
+    fn ask(&self, request: &Request) -> Result<(Answer, BufReader<UnixStream>)> {
+        let connect = || {
             let mut stream = UnixStream::connect(&self.path)?;
             stream.write_all(&serde_json::to_vec(request)?)?;
             stream.write_all(b"\n")?;
-            let mut reader = BufReader::new(stream);
-            let mut line = String::new();
-            reader.read_line(&mut line)?;
-            let answer: Answer = serde_json::from_str(&line)?;
-            let mut bytes = vec![0; answer.bytes];
-            reader.read_exact(&mut bytes)?;
-            Ok((answer, bytes))
+            Ok(BufReader::new(stream))
         };
-        let (answer, bytes) = exchange().map_err(lost)?;
-        match answer.error {
-            None => Ok((answer, bytes)),
-            Some(failure) => {
-                let error = Error::new(failure.kind, failure.operation, failure.object, failure.cause);
-                Err(match failure.remedy {
-                    Some(remedy) => error.with_remedy(remedy),
-                    None => error,
-                })
-            }
+        let mut reader = connect().map_err(lost)?;
+        Ok((read_answer(&mut reader)?, reader))
+    }
+}
+
+/// Hands rows to `take` until it wants no more.
+fn read_rows(
+    frames: &mut Frames<BufReader<UnixStream>>,
+    take: &mut dyn FnMut(RecordBatch) -> bool,
+) -> std::result::Result<SchemaRef, ArrowError> {
+    let reader = StreamReader::try_new(frames, None)?;
+    let schema = reader.schema();
+    for batch in reader {
+        if !take(batch?) {
+            break;
         }
     }
+    Ok(schema)
+}
+
+fn lost(cause: std::io::Error) -> Error {
+    Error::new(ErrorKind::Unavailable, "reach", "the running pipeline", cause).with_remedy("is it still running?")
+}
+
+fn read_answer(reader: &mut impl BufRead) -> Result<Answer> {
+    let mut line = String::new();
+    reader.read_line(&mut line).map_err(lost)?;
+    let answer: Answer = serde_json::from_str(&line).map_err(|cause| lost(cause.into()))?;
+    let Some(failure) = answer.error else { return Ok(answer) };
+    let error = Error::new(failure.kind, failure.operation, failure.object, failure.cause);
+    Err(match failure.remedy {
+        Some(remedy) => error.with_remedy(remedy),
+        None => error,
+    })
 }

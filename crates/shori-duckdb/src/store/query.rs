@@ -4,43 +4,140 @@
 //! begins like a reading one, and its transaction is read only, so that DuckDB refuses writes that hide inside. It may
 //! read files with the rights of the process: a question comes from who runs the pipeline.
 
-use arrow::array::RecordBatch;
-use shori_core::{Error, ErrorKind, Result};
+//!
+//! An answer is handed out while it is made, in batches as DuckDB makes them, so it may have any number of rows. Who takes
+//! it slowly holds up the statement alone; who goes away ends it.
 
-use super::session::Session;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use duckdb::InterruptHandle;
+use shori_core::{Error, ErrorKind, Result};
+use tokio::sync::{mpsc, oneshot};
+
+use super::session::{Session, Sessions};
 use crate::database::duckdb_error;
 
 const READING_WORDS: [&str; 7] = ["select", "with", "from", "values", "describe", "show", "summarize"];
-/// Rows that an answer holds at most.
-const ANSWER_ROWS_MAX: usize = 1_000_000;
+/// Rows that an answer given at once holds at most.
+pub const ANSWER_ROWS_MAX: usize = 1_000_000;
+/// Batches that wait for who takes them.
+const BATCHES_WAITING: usize = 2;
 
-pub(super) fn query(session: &Session, sql: &str) -> Result<Vec<RecordBatch>> {
-    let statement = reading_statement(sql)?;
-    session.batch("begin transaction read only", "a question")?;
-    let answer = run(session, statement);
-    session.roll_back();
-    answer
+/// An answer being given.
+pub struct Answer {
+    schema: SchemaRef,
+    batches: mpsc::Receiver<Result<RecordBatch>>,
+    _statement: Statement,
 }
 
-fn run(session: &Session, sql: &str) -> Result<Vec<RecordBatch>> {
-    let fail = |cause| duckdb_error("answer", "the question", cause);
-    let mut statement = session.connection.prepare(sql).map_err(fail)?;
-    let schema = statement.stream_arrow([]).map_err(fail)?.get_schema();
-    let mut batches = Vec::new();
-    let mut rows = 0;
-    while let Some(array) = statement.step().map_err(fail)? {
-        let batch = RecordBatch::from(&array);
+impl Answer {
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// The next rows. After an error there are none.
+    pub async fn next(&mut self) -> Option<Result<RecordBatch>> {
+        self.batches.recv().await
+    }
+}
+
+/// Ends a statement that runs when nobody wants its rows any more.
+struct Statement(Arc<InterruptHandle>);
+
+impl Drop for Statement {
+    /// The connection serves no other statement afterwards, so none but this one is meant.
+    fn drop(&mut self) {
+        self.0.interrupt();
+    }
+}
+
+/// Begins to answer. The statement runs on, off the async threads, until all has been taken or the answer is dropped.
+pub(super) async fn stream(sessions: &Arc<Sessions>, sql: &str) -> Result<Answer> {
+    let sql = reading_statement(sql)?.to_string();
+    let opening = sessions.clone();
+    let session = sessions.database.run(move || opening.session()).await?;
+    let statement = Statement(session.connection.interrupt_handle());
+    let (begun, begins) = oneshot::channel();
+    let (sender, batches) = mpsc::channel(BATCHES_WAITING);
+    tokio::task::spawn_blocking(move || {
+        let mut begun = Some(begun);
+        let mut begin = |schema| begun.take().is_some_and(|begun| begun.send(Ok(schema)).is_ok());
+        let answered = answer(&session, &sql, &mut begin, &mut |batch| sender.blocking_send(Ok(batch)).is_ok());
+        // Who has gone away does not want to know of a failure.
+        match (answered, begun) {
+            (Err(error), Some(begun)) => drop(begun.send(Err(error))),
+            (Err(error), None) => drop(sender.blocking_send(Err(error))),
+            (Ok(()), _) => {}
+        }
+    });
+    let lost = |cause| Error::new(ErrorKind::Internal, "answer", "the question", cause);
+    // It may take all of its time before it tells its columns.
+    let schema = begins.await.map_err(lost)??;
+    Ok(Answer { schema, batches, _statement: statement })
+}
+
+/// All of an answer, which must not have many rows. An empty one is one batch without rows.
+pub(super) fn query(session: &Session, sql: &str) -> Result<Vec<RecordBatch>> {
+    let statement = reading_statement(sql)?;
+    let (mut schema, mut batches, mut rows) = (None, Vec::new(), 0);
+    let mut begin = |columns| {
+        schema = Some(columns);
+        true
+    };
+    answer(session, statement, &mut begin, &mut |batch| {
         rows += batch.num_rows();
         batches.push(batch);
-        if rows > ANSWER_ROWS_MAX {
-            let cause = format!("it has more than {ANSWER_ROWS_MAX} rows");
-            return Err(Error::new(ErrorKind::Usage, "answer", "the question", cause).with_remedy("add a limit"));
-        }
+        rows <= ANSWER_ROWS_MAX
+    })?;
+    if rows > ANSWER_ROWS_MAX {
+        return Err(too_many());
     }
-    if batches.is_empty() {
+    if let (true, Some(schema)) = (batches.is_empty(), schema) {
         batches.push(RecordBatch::new_empty(schema));
     }
     Ok(batches)
+}
+
+/// Why an answer is not given at once.
+pub fn too_many() -> Error {
+    let cause = format!("it has more than {ANSWER_ROWS_MAX} rows");
+    Error::new(ErrorKind::Usage, "answer", "the question", cause).with_remedy("add a limit")
+}
+
+/// Hands the answer to `take` until it wants no more, its columns to `begin` before.
+fn answer(
+    session: &Session,
+    statement: &str,
+    begin: &mut dyn FnMut(SchemaRef) -> bool,
+    take: &mut dyn FnMut(RecordBatch) -> bool,
+) -> Result<()> {
+    session.batch("begin transaction read only", "a question")?;
+    let answered = run(session, statement, begin, take);
+    session.roll_back();
+    answered
+}
+
+fn run(
+    session: &Session,
+    sql: &str,
+    begin: &mut dyn FnMut(SchemaRef) -> bool,
+    take: &mut dyn FnMut(RecordBatch) -> bool,
+) -> Result<()> {
+    let fail = |cause| duckdb_error("answer", "the question", cause);
+    let mut statement = session.connection.prepare(sql).map_err(fail)?;
+    // What the stream is read by panics on an error; `step` returns it.
+    let schema = statement.stream_arrow([]).map_err(fail)?.get_schema();
+    if !begin(schema) {
+        return Ok(());
+    }
+    while let Some(array) = statement.step().map_err(fail)? {
+        if !take(RecordBatch::from(&array)) {
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 /// The statement without the semicolon that ends it.

@@ -30,17 +30,33 @@ impl Reach {
         matches!(self, Reach::Running(_))
     }
 
+    /// The answer to a query for few rows.
     pub fn query(&self, loaded: &Loaded, store: Option<&str>, sql: &str) -> Result<Vec<RecordBatch>> {
-        let name = match store {
-            Some(name) => &loaded.store(name)?.name,
-            None => &loaded.staging()?.name,
-        };
+        let name = store_name(loaded, store)?;
         match self {
             Reach::Running(client) => client.query(name, sql),
-            Reach::Files(opened) => {
-                let store: &Arc<DuckdbStore> = opened.stores.get(name).unwrap_or(&opened.staging);
-                super::block_on(store.query(sql))
-            }
+            Reach::Files(opened) => super::block_on(named(opened, name).query(sql)),
+        }
+    }
+
+    /// Hands the rows of a query to `take` as they come, in memory that does not grow with them.
+    pub fn scan(
+        &self,
+        loaded: &Loaded,
+        store: Option<&str>,
+        sql: &str,
+        take: &mut dyn FnMut(RecordBatch) -> Result<()>,
+    ) -> Result<()> {
+        let name = store_name(loaded, store)?;
+        match self {
+            Reach::Running(client) => client.scan(name, sql, take).map(|_| ()),
+            Reach::Files(opened) => super::block_on(async {
+                let mut answer = named(opened, name).stream(sql).await?;
+                while let Some(batch) = answer.next().await {
+                    take(batch?)?;
+                }
+                Ok(())
+            }),
         }
     }
 
@@ -52,6 +68,17 @@ impl Reach {
             Reach::Files(opened) => super::block_on(request_once(loaded, &opened, request)),
         }
     }
+}
+
+fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
+    Ok(match store {
+        Some(name) => &loaded.store(name)?.name,
+        None => &loaded.staging()?.name,
+    })
+}
+
+fn named<'a>(opened: &'a Opened, name: &str) -> &'a Arc<DuckdbStore> {
+    opened.stores.get(name).unwrap_or(&opened.staging)
 }
 
 async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Result<u64> {

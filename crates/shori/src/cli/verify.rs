@@ -52,8 +52,8 @@ struct Served<'a> {
 }
 
 impl Serving for Served<'_> {
-    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
-        self.reach.query(self.loaded, None, sql)
+    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        self.reach.scan(self.loaded, None, sql, take)
     }
 }
 

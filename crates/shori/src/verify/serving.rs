@@ -21,12 +21,17 @@ const CATCH_UP_POLL: Duration = Duration::from_millis(100);
 
 /// Reads the store that serves the projections: the file itself, or the process that has it open.
 pub trait Serving {
-    /// The rows of a query, all at once: for few rows.
-    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>>;
-
     /// The rows of a query, part by part, in memory that does not grow with them.
-    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
-        self.query(sql)?.into_iter().try_for_each(take)
+    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()>;
+
+    /// The rows of a query, all at once: for few rows.
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
+        let mut batches = Vec::new();
+        self.scan(sql, &mut |batch| {
+            batches.push(batch);
+            Ok(())
+        })?;
+        Ok(batches)
     }
 
     /// From here to [`release`](Serving::release), all reads see one state, where the store can do that. Where it
@@ -41,15 +46,6 @@ pub trait Serving {
 }
 
 impl Serving for Connection {
-    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
-        let mut batches = Vec::new();
-        self.scan(sql, &mut |batch| {
-            batches.push(batch);
-            Ok(())
-        })?;
-        Ok(batches)
-    }
-
     fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
         let fail = |cause| scratch_error("read", sql, cause);
         let mut statement = self.prepare(sql).map_err(fail)?;

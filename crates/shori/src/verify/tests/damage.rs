@@ -88,13 +88,17 @@ struct GoesOn {
 }
 
 impl Serving for GoesOn {
-    fn query(&mut self, sql: &str) -> shori_core::Result<Vec<RecordBatch>> {
+    fn scan(
+        &mut self,
+        sql: &str,
+        take: &mut dyn FnMut(RecordBatch) -> shori_core::Result<()>,
+    ) -> shori_core::Result<()> {
         self.queries += 1;
         if self.queries == 2 {
             self.pipeline.generate(301);
             self.pipeline.project();
         }
-        self.pipeline.serving.query(sql)
+        self.pipeline.serving.scan(sql, take)
     }
 }
 
