@@ -15,7 +15,7 @@ use shori_core::position::Position;
 use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::{init, run, verify, view};
+use super::{init, lines, run, verify, view};
 use crate::assemble;
 use crate::config::Loaded;
 use crate::control::Server;
@@ -149,13 +149,16 @@ impl Demo {
         let server = Server { handle: handle.clone(), stores: opened.stores.clone() };
         let _listening = server.listen(&loaded.state_directory())?;
         let running = tokio::spawn(prepared.run());
-        let show = !self.json && std::io::stdout().is_terminal();
-        let view = show.then(|| view::show(counts.clone(), handle.clone(), opened.staging.clone(), self.changes));
+        let shown = match (self.json, std::io::stdout().is_terminal()) {
+            (true, _) => None,
+            (_, true) => Some(view::show(counts.clone(), handle.clone(), opened.staging.clone(), self.changes)),
+            (_, false) => Some(lines::print(counts.clone(), handle.stop.clone(), self.changes)),
+        };
         let driven = self.drive(loaded, &handle, &counts).await;
         handle.stop.cancel();
         let ran = running.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "the pipeline", cause))?;
-        if let Some(view) = view {
-            view.await.map_err(|cause| Error::new(ErrorKind::Internal, "end", "the live view", cause))??;
+        if let Some(shown) = shown {
+            shown.await.map_err(|cause| Error::new(ErrorKind::Internal, "end", "the live view", cause))??;
         }
         ran?;
         driven

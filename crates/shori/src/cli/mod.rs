@@ -9,6 +9,7 @@ mod compact;
 mod demo;
 mod generate;
 mod init;
+mod lines;
 mod query;
 mod reach;
 mod rebuild;

@@ -61,6 +61,19 @@ fn one_line_of_figures_and_a_second_run_goes_on() {
     planted_damage_is_named(&world);
 }
 
+#[test]
+fn without_a_terminal_lines_tell_of_progress() {
+    let world = World::empty_demo();
+    let mut running = world.start(&["demo", "--rate", "500"]);
+    until("a line of progress", || {
+        running.assert_running();
+        running.out().lines().any(|line| line.ends_with(" ms)") && !line.contains(" 0 projected")).then_some(())
+    });
+    let done = running.stop();
+    assert!(done.out.lines().all(|line| !line.contains('\u{1b}')), "{}", done.out);
+    assert!(done.out.contains("0 lost, 0 duplicated"), "{}", done.out);
+}
+
 fn planted_damage_is_named(world: &World) {
     let order = world.value("select max(order_id) from proj_orders_latest");
     let customer = world.value("select min(customer_id) from customers_latest");
