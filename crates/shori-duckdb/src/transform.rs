@@ -285,8 +285,6 @@ impl Computer {
         let projection = layout.projection(name)?;
         self.drop_pending(name)?;
         let shape = self.shape(layout, projection)?;
-        let step = steps::last(&self.session)?;
-        self.sets.retire(&self.session, Some(step))?;
         self.outputs += 1;
         let place = Place(self.outputs);
         // The output is read on the connection that computed it only where it needs that one's transaction.
@@ -301,7 +299,7 @@ impl Computer {
             session.run("rollback")?;
             // The query may have failed while names meant those that it reads.
             session.run(&format!("use {CACHE}"))?;
-            self.sets.lost();
+            self.sets.clear();
             return Err(error);
         }
         if !holds {
@@ -331,8 +329,8 @@ impl Transform for DuckdbTransform {
             let layout = layout::open(session, &store_id, &tables, &projections)?;
             *locked(&shared.applied) = steps::applied(session, &layout)?;
             *locked(&shared.layout) = Arc::new(layout);
-            let computer = &mut *computer;
-            computer.sets.retire(&computer.session, None)
+            computer.sets.clear();
+            Ok(())
         })
         .await
     }
@@ -420,8 +418,8 @@ impl Transform for DuckdbTransform {
                 *locked(&shared.layout) = Arc::new(layout::open(session, &layout.store_id, &tables, &projections)?);
             }
             locked(&shared.applied).clear();
-            let computer = &mut *computer;
-            computer.sets.retire(&computer.session, None)
+            computer.sets.clear();
+            Ok(())
         })
         .await
     }

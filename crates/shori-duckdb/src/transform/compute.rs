@@ -16,7 +16,7 @@ use shori_core::transform::Applied;
 use shori_core::{Error, ErrorKind, Result};
 
 use super::advance::LEAVES_ROW;
-use super::entity::{self, Scope, Sets, schema_after, schema_before};
+use super::entity::{Scope, Sets, schema_after, schema_before};
 use super::layout::{LIVE, Layout, result_table};
 use super::query::{self, Shape};
 use super::reader::{Part, PartKind};
@@ -209,21 +209,13 @@ impl Computation<'_> {
         match &sql.maintenance {
             Maintenance::Recompute => self.recomputed(sql, shape)?,
             Maintenance::ByEntity { entity, measures } => {
-                let scope = Scope { entity: entity.clone(), ranges, step: steps::last(self.session)? };
-                let (name, any) = match sets.find(&scope) {
-                    Some(found) => found,
-                    None => {
-                        let name = sets.next_name();
-                        let any = entity::build(self.session, self.layout, &scope, &name)?;
-                        sets.add(name.clone(), scope, any);
-                        (name, any)
-                    }
-                };
+                let scope = Scope { ranges, step: steps::last(self.session)? };
+                let (set, any) = sets.get(self.session, self.layout, entity, scope)?;
                 if !any {
                     self.nothing(shape)?;
                     return self.laid(shape, OutputKind::Merge);
                 }
-                for (table, schema) in [("__before", schema_before(&name)), ("__after", schema_after(&name))] {
+                for (table, schema) in [("__before", schema_before(set)), ("__after", schema_after(set))] {
                     let statement = format!("create or replace temp table {table} as select * from {{query}}");
                     query::run(self.session, sql, &schema, &statement)?;
                 }

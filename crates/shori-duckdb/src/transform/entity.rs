@@ -1,13 +1,17 @@
 //! The rows of touched entities, before and after: what a query is run over when its result is maintained by entity.
 //!
 //! A table leads to the entity by a column of its own, or through another table. Touched entities are those that changed
-//! rows lead to, before or after. Their rows make two schemas, `<name>_before` and `<name>_after`, in which every table
-//! has its own name; a table that leads through another holds the rows that those of the other one join.
+//! rows lead to, before or after. A projection whose ways to the entity are among those of another is served by that
+//! one's set: an entity that is not touched has the same rows before and after, and adds nothing.
 //!
-//! State is scanned once per table at most, with only the columns that a query can mean; changed rows come from what
-//! the steps kept, and a table whose touched rows are all changed ones is not scanned at all.
+//! Layout, per set and table, in memory: `changed_<set>_<table>` (rows that steps changed, as they were and as they are),
+//! `led_<set>_<table>` (join values of changed rows that lead through another table), `same_<set>_<table>` (rows of
+//! touched entities that stand unchanged). Views over them make two schemas, `set_<set>_before` and `set_<set>_after`, in
+//! which every table has its own name; a table that leads through another shows the rows that those of the other join.
+//!
+//! State is scanned with only the columns that a query can mean. Where rows lead through another table that holds the
+//! entity as its key, one scan finds both the entities and their rows.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shori_core::Result;
@@ -17,168 +21,176 @@ use super::layout::Layout;
 use super::query::{used_columns, uses_lsn};
 use super::session::{Session, WORK};
 use super::steps::Ranges;
-use super::tables::{Table, comma, lsn_bytes, lsn_parts};
+use super::tables::{Table, comma, lsn_bytes, lsn_parts, qualified};
 use crate::database::quote_name;
 
-/// What one set of such rows belongs to: projections that agree on it share it.
+/// What changed, as seen from a checkpoint: what a set of rows belongs to.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Scope {
-    pub entity: Entity,
     pub ranges: Ranges,
     pub step: i64,
 }
 
-pub(super) fn schema_before(name: &str) -> String {
-    format!("{name}_before")
+pub(super) fn schema_before(set: usize) -> String {
+    format!("set_{set}_before")
 }
 
-pub(super) fn schema_after(name: &str) -> String {
-    format!("{name}_after")
-}
-
-pub(super) fn drop_set(session: &Session, name: &str) -> Result<()> {
-    session.run(&format!(
-        "drop schema if exists {WORK}.{} cascade; drop schema if exists {WORK}.{} cascade",
-        schema_before(name),
-        schema_after(name)
-    ))
+pub(super) fn schema_after(set: usize) -> String {
+    format!("set_{set}_after")
 }
 
 struct Builder<'a> {
     session: &'a Session,
     layout: &'a Layout,
-    scope: &'a Scope,
-    name: &'a str,
-}
-
-/// Returns whether any entity is touched; if none is, there is nothing to run.
-pub(super) fn build(session: &Session, layout: &Layout, scope: &Scope, name: &str) -> Result<bool> {
-    let builder = Builder { session, layout, scope, name };
-    for table in scope.entity.paths.keys() {
-        builder.changed(layout.table(table)?)?;
-    }
-    let entities = builder.entities()?;
-    session.run(&format!(
-        "create schema {WORK}.{}; create schema {WORK}.{}",
-        schema_before(name),
-        schema_after(name)
-    ))?;
-    if entities == 0 {
-        return Ok(false);
-    }
-    let mut order: Vec<(usize, &Arc<str>, &EntityPath)> =
-        scope.entity.paths.iter().map(|(table, path)| (builder.depth(path), table, path)).collect();
-    order.sort_by_key(|(depth, ..)| *depth);
-    for (_, table, path) in order {
-        let table = layout.table(table)?;
-        match path {
-            EntityPath::Column(column) => builder.rows_by_entity(table, column)?,
-            EntityPath::Through { table: other, own_column, their_column } => {
-                builder.rows_by_join(table, layout.table(other)?, own_column, their_column)?;
-            }
-        }
-    }
-    Ok(true)
-}
-
-fn temporary(kind: &str, table: &Table) -> String {
-    quote_name(&format!("__{kind}_{}", table.name))
+    entity: &'a Entity,
+    ranges: &'a Ranges,
+    set: usize,
+    /// The views are yet to be made.
+    is_new: bool,
 }
 
 impl Builder<'_> {
+    /// Returns whether any entity is touched; if none is, there is nothing to run.
+    fn build(&self) -> Result<bool> {
+        for name in self.entity.paths.keys() {
+            self.changed(self.layout.table(name)?)?;
+        }
+        let found = self.entities()?;
+        if found == 0 {
+            return Ok(false);
+        }
+        if self.is_new {
+            for schema in [schema_before(self.set), schema_after(self.set)] {
+                self.session
+                    .run(&format!("drop schema if exists {WORK}.{schema} cascade; create schema {WORK}.{schema}"))?;
+            }
+        }
+        let mut order: Vec<(usize, &Arc<str>, &EntityPath)> =
+            self.entity.paths.iter().map(|(table, path)| (self.depth(path), table, path)).collect();
+        order.sort_by_key(|(depth, ..)| *depth);
+        for (_, table, path) in order {
+            let table = self.layout.table(table)?;
+            match path {
+                EntityPath::Column(column) => self.rows_by_entity(table, column)?,
+                EntityPath::Through { table: other, own_column, their_column } => {
+                    let joined = self.joined(other, own_column, their_column);
+                    self.rows_by_join(table, &joined)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn temporary(&self, kind: &str, table: &Table) -> String {
+        format!("temp.main.{}", quote_name(&format!("{kind}_{}_{}", self.set, table.name)))
+    }
+
     fn depth(&self, path: &EntityPath) -> usize {
         let (mut depth, mut at) = (0, Some(path));
         while let Some(EntityPath::Through { table, .. }) = at {
             depth += 1;
-            at = self.scope.entity.paths.get(table).filter(|_| depth <= self.scope.entity.paths.len());
+            at = self.entity.paths.get(table).filter(|_| depth <= self.entity.paths.len());
         }
         depth
     }
 
-    /// Touched keys, and their rows at the checkpoint and now.
+    /// Rows of touched keys at the checkpoint and now.
     fn changed(&self, table: &Table) -> Result<()> {
-        let range = self.scope.ranges.of_nets(table);
-        let (keys, touched) = (table.keys(""), temporary("touched", table));
+        let names = format!("{}, {}", self.names(table, ""), lsn_parts(""));
         self.session.run(&format!(
-            "create or replace temp table {touched} as
-             select {keys}, min(__at) as __low, max(__at) as __high from {} where {range} group by {keys}",
-            table.net()
-        ))?;
-        for (kind, end, side) in [("old", "__low", 0), ("new", "__high", 1)] {
-            self.session.run(&format!(
-                "create or replace temp table {} as
-                 select {}, {} from {} n join {touched} t on {} and n.__at = t.{end} and n.__at % 2 = {side}
-                 where {}",
-                temporary(kind, table),
-                table.list("n"),
-                lsn_parts("n"),
-                table.net(),
-                table.key_match("n", "t"),
-                range.replace("__at", "n.__at").replace("__capture", "n.__capture"),
-            ))?;
-        }
-        Ok(())
+            "create or replace temp table {} as
+             select {names}, __at % 2 = 0 as __is_old
+             from (
+                 select {names}, __at, min(__at) over of_key as __low, max(__at) over of_key as __high
+                 from {} where {}
+                 window of_key as (partition by {})
+             )
+             where __at = case when __at % 2 = 0 then __low else __high end",
+            self.temporary("changed", table),
+            table.net(),
+            self.ranges.of_nets(table),
+            table.keys("")
+        ))
     }
 
-    /// Makes `__entities` and returns how many there are.
+    /// Makes `entities` and returns how many there are. Rows that are met on the way stay in `same`.
     fn entities(&self) -> Result<i64> {
         let mut parts = Vec::new();
-        for (name, path) in &self.scope.entity.paths {
+        for (name, path) in &self.entity.paths {
             let table = self.layout.table(name)?;
-            let (old, new) = (temporary("old", table), temporary("new", table));
             match path {
                 EntityPath::Column(column) => {
-                    let column = quote_name(column);
-                    parts.push(format!("select {column} as entity from {old} union all select {column} from {new}"));
+                    let changed = self.temporary("changed", table);
+                    parts.push(format!("select {} as entity from {changed}", quote_name(column)));
+                    if is_key(table, column) {
+                        parts.push(format!("select {} from {}", quote_name(column), self.temporary("same", table)));
+                        self.lay_same(table, "where false")?;
+                    }
                 }
-                EntityPath::Through { own_column, .. } => {
-                    let own = quote_name(own_column);
-                    let values = self.moved(table, &own, &old, &new);
-                    parts.extend(self.reached(path, values)?);
+                EntityPath::Through { .. } => {}
+            }
+        }
+        for (name, path) in &self.entity.paths {
+            if let EntityPath::Through { table: other, own_column, their_column } = path {
+                let led = self.led(self.layout.table(name)?, own_column)?;
+                let (Some(led), Some(next)) = (led, self.entity.paths.get(other)) else { continue };
+                let other = self.layout.table(other)?;
+                match next {
+                    EntityPath::Column(column) if is_key(other, column) => {
+                        let semi = format!("semi join {led} l on s.{} = l.value", quote_name(their_column));
+                        self.add_same(other, &semi)?;
+                    }
+                    _ => parts.push(self.reached(path, format!("from {led}"))?),
                 }
             }
         }
-        self.session.run(&format!(
-            "create or replace temp table __entities as select distinct entity from ({})",
+        self.session.made(&format!(
+            "create or replace temp table {} as select distinct entity from ({})",
+            self.all_entities(),
             parts.join(" union all ")
-        ))?;
-        self.session.number("select count(*) from __entities")
+        ))
+    }
+
+    fn all_entities(&self) -> String {
+        format!("temp.main.entities_{}", self.set)
     }
 
     /// Join values of the rows in which something changed that a query can mean: a row that leads to many entities should
-    /// not touch them all for a change that none of them shows.
-    fn moved(&self, table: &Table, own: &str, old: &str, new: &str) -> String {
-        let mut columns = self.columns(table);
-        columns.extend(table.key.iter().copied().filter(|index| !columns.contains(index)).collect::<Vec<_>>());
-        let mut names: Vec<String> = columns.iter().map(|&index| table.name_of(index)).collect();
+    /// not touch them all for a change that none of them shows. `None` if there are none.
+    fn led(&self, table: &Table, own: &str) -> Result<Option<String>> {
+        let mut names = self.names(table, "");
         if self.queries().any(|sql| uses_lsn(sql, table)) {
-            names.push(lsn_parts(""));
+            names = format!("{names}, {}", lsn_parts(""));
         }
-        let list = comma(names);
-        let less = |left: &str, right: &str| format!("(select {list} from {left} except select {list} from {right})");
-        format!("select {own} as value from {} union select {own} from {}", less(old, new), less(new, old))
+        let led = self.temporary("led", table);
+        // A row that is the same before and after comes twice.
+        let rows = self.session.made(&format!(
+            "create or replace temp table {led} as
+             select distinct value from (
+                 select {} as value from {} group by {names} having count(*) = 1
+             ) where value is not null",
+            quote_name(own),
+            self.temporary("changed", table),
+        ))?;
+        Ok((rows > 0).then_some(led))
     }
 
-    /// The queries that are maintained by this entity.
+    /// The queries that this set serves.
     fn queries(&self) -> impl Iterator<Item = &SqlProjection> {
         self.layout.projections.values().filter_map(|projection| match &projection.derivation {
-            Derivation::Sql(sql) => {
-                let same =
-                    matches!(&sql.maintenance, Maintenance::ByEntity { entity, .. } if *entity == self.scope.entity);
-                same.then_some(sql)
-            }
+            Derivation::Sql(sql) => match &sql.maintenance {
+                Maintenance::ByEntity { entity, .. } if serves(self.entity, entity) => Some(sql),
+                _ => None,
+            },
             _ => None,
         })
     }
 
-    /// The entities that rows with these join `values` lead to; none if there are no values.
-    fn reached(&self, path: &EntityPath, values: String) -> Result<Option<String>> {
+    /// The entities that rows with these join `values` lead to.
+    fn reached(&self, path: &EntityPath, values: String) -> Result<String> {
         let (mut at, mut values) = (Some(path), values);
-        if self.session.number(&format!("select count(*) from ({values}) where value is not null"))? == 0 {
-            return Ok(None);
-        }
         while let Some(EntityPath::Through { table, their_column, .. }) = at {
-            at = self.scope.entity.paths.get(table);
+            at = self.entity.paths.get(table);
             let next = match at {
                 Some(EntityPath::Column(column)) => column,
                 Some(EntityPath::Through { own_column, .. }) => own_column,
@@ -191,86 +203,110 @@ impl Builder<'_> {
                 quote_name(their_column)
             );
         }
-        Ok(Some(format!("select value as entity from ({values})")))
+        Ok(format!("select value as entity from ({values})"))
     }
 
     fn rows_by_entity(&self, table: &Table, column: &str) -> Result<()> {
-        let is_key = matches!(table.key.as_slice(), [only] if table.columns[*only].name() == column);
-        let touched = temporary("touched", table);
-        let name = quote_name(column);
-        let (filter, mut condition) = if is_key {
-            // All changed rows are at hand: only the other entities' rows are looked for.
-            self.session.run(&format!(
-                "create or replace temp table __sought as
-                 select e.entity from __entities e anti join {touched} t on e.entity = t.{name}"
-            ))?;
-            ("__sought", String::new())
+        let (entities, name) = (self.all_entities(), quote_name(column));
+        if is_key(table, column) {
+            // Changed rows and those met on the way are at hand: only the other entities' rows are looked for.
+            let known = |kind: &str| {
+                let own = quote_name(column);
+                format!("anti join {} {kind} on e.entity = {kind}.{own}", self.temporary(kind, table))
+            };
+            let sought = format!("select e.entity from {entities} e {} {}", known("changed"), known("same"));
+            self.add_same(table, &format!("semi join ({sought}) e on s.{name} = e.entity"))?;
         } else {
-            ("__entities", format!("anti join {touched} t on {}", table.key_match("s", "t")))
-        };
-        let sought = self.session.number(&format!("select count(entity) from {filter}"))?;
-        let nulls = self.session.number(&format!("select count(*) from {filter} where entity is null"))?;
-        condition = match (sought, nulls) {
-            (0, 0) => "where false".to_string(),
-            (_, 0) => format!("semi join {filter} e on s.{name} = e.entity {condition}"),
-            _ => format!("semi join {filter} e on s.{name} is not distinct from e.entity {condition}"),
-        };
-        self.lay_out(table, &condition, "")
+            let nulls = self.session.number(&format!("select count(*) from {entities} where entity is null"))?;
+            let same = if nulls == 0 { "=" } else { "is not distinct from" };
+            let semi = format!("semi join {entities} e on s.{name} {same} e.entity");
+            self.lay_same(table, &format!("{semi} {}", self.without_changed(table)))?;
+        }
+        self.show(table, "")
     }
 
-    /// Rows of `table` that the rows of `other` join, before or after.
-    fn rows_by_join(&self, table: &Table, other: &Table, own: &str, their: &str) -> Result<()> {
-        let (own, their, other) = (quote_name(own), quote_name(their), quote_name(&other.name));
-        self.session.run(&format!(
-            "create or replace temp table __joined as
-             select {their} as value from {WORK}.{}.{other} union select {their} from {WORK}.{}.{other}",
-            schema_before(self.name),
-            schema_after(self.name)
-        ))?;
-        let semi = format!("semi join __joined j on s.{own} = j.value");
-        let touched = temporary("touched", table);
-        let condition = format!("{semi} anti join {touched} t on {}", table.key_match("s", "t"));
-        self.lay_out(table, &condition, &semi)
+    /// Rows of `table` that the rows of another join, before or after.
+    fn rows_by_join(&self, table: &Table, joined: &str) -> Result<()> {
+        self.lay_same(table, &format!("{joined} {}", self.without_changed(table)))?;
+        self.show(table, joined)
     }
 
-    /// Makes the table in both schemas: unchanged rows from state, changed ones as they were and are.
-    fn lay_out(&self, table: &Table, of_state: &str, of_changed: &str) -> Result<()> {
-        let used = self.columns(table);
-        let names = comma(used.iter().map(|&index| table.name_of(index)));
-        let of_row = comma(used.iter().map(|&index| format!("s.{}", table.name_of(index))));
-        let same = temporary("same", table);
+    fn joined(&self, other: &str, own: &str, their: &str) -> String {
+        let (own, their, other) = (quote_name(own), quote_name(their), quote_name(other));
+        format!(
+            "semi join (
+                 select {their} as value from {WORK}.{}.{other} union all select {their} from {WORK}.{}.{other}
+             ) j on s.{own} = j.value",
+            schema_before(self.set),
+            schema_after(self.set)
+        )
+    }
+
+    fn without_changed(&self, table: &Table) -> String {
+        format!("anti join {} c on {}", self.temporary("changed", table), table.key_match("s", "c"))
+    }
+
+    fn of_state(&self, table: &Table) -> String {
+        format!("select {}, {} from {} s", self.names(table, "s"), lsn_parts("s"), table.state())
+    }
+
+    fn lay_same(&self, table: &Table, condition: &str) -> Result<()> {
         self.session.run(&format!(
-            "create or replace temp table {same} as select {of_row}, {} from {} s {of_state}",
-            lsn_parts("s"),
-            table.state()
-        ))?;
-        for (schema, kind) in [(schema_before(self.name), "old"), (schema_after(self.name), "new")] {
+            "create or replace temp table {} as {} {condition}",
+            self.temporary("same", table),
+            self.of_state(table)
+        ))
+    }
+
+    /// Adds rows that are not there yet.
+    fn add_same(&self, table: &Table, condition: &str) -> Result<()> {
+        let same = self.temporary("same", table);
+        self.session.run(&format!(
+            "insert into {same} {} {condition} {} anti join {same} k on {}",
+            self.of_state(table),
+            self.without_changed(table),
+            table.key_match("s", "k")
+        ))
+    }
+
+    /// Makes the table seen in both schemas: unchanged rows from state, changed ones as they were and are.
+    fn show(&self, table: &Table, of_changed: &str) -> Result<()> {
+        if !self.is_new {
+            return Ok(());
+        }
+        let (names, parts) = (self.names(table, ""), lsn_parts(""));
+        for (schema, side) in [(schema_before(self.set), "s.__is_old"), (schema_after(self.set), "not s.__is_old")] {
             self.session.run(&format!(
-                "create table {WORK}.{schema}.{} as
+                "create view {WORK}.{schema}.{} as
                  select {names}, {} as __lsn from (
-                     select {names}, {parts} from {same}
+                     select {names}, {parts} from {}
                      union all
-                     select {of_row}, {} from {} s {of_changed}
+                     select {}, {} from {} s {of_changed} where {side}
                  )",
                 quote_name(&table.name),
                 lsn_bytes(""),
+                self.temporary("same", table),
+                self.names(table, "s"),
                 lsn_parts("s"),
-                temporary(kind, table),
-                parts = lsn_parts(""),
+                self.temporary("changed", table),
             ))?;
         }
         Ok(())
     }
 
-    /// Columns that a query of this entity or a path can mean.
+    fn names(&self, table: &Table, alias: &str) -> String {
+        comma(self.columns(table).into_iter().map(|index| qualified(alias, &table.name_of(index))))
+    }
+
+    /// Columns that a query or a path can mean, and the key.
     fn columns(&self, table: &Table) -> Vec<usize> {
-        let mut used = vec![false; table.columns.len()];
+        let mut used: Vec<bool> = (0..table.columns.len()).map(|index| table.key.contains(&index)).collect();
         let mut mark = |name: &str| {
             if let Some(index) = table.index_of(name) {
                 used[index] = true;
             }
         };
-        for (name, path) in &self.scope.entity.paths {
+        for (name, path) in &self.entity.paths {
             match path {
                 EntityPath::Column(column) if *name == table.name => mark(column),
                 EntityPath::Column(_) => {}
@@ -293,45 +329,56 @@ impl Builder<'_> {
     }
 }
 
-/// No set of this step is ever looked for.
-const NO_STEP: i64 = -1;
+fn is_key(table: &Table, column: &str) -> bool {
+    matches!(table.key.as_slice(), [only] if table.columns[*only].name() == column)
+}
 
-/// Sets of the current step, by name.
+/// Whether a set made for `whole` serves those who are maintained by `part`.
+fn serves(whole: &Entity, part: &Entity) -> bool {
+    part.paths.iter().all(|(table, path)| whole.paths.get(table) == Some(path))
+}
+
+/// The sets that were made last, one for each entity. Their numbers name their tables.
 #[derive(Default)]
-pub(super) struct Sets {
-    made: BTreeMap<String, (Scope, bool)>,
-    last: u64,
+pub(super) struct Sets(Vec<Made>);
+
+struct Made {
+    entity: Entity,
+    /// Of what its tables hold, with whether any entity is touched.
+    scope: Option<(Scope, bool)>,
+    has_views: bool,
 }
 
 impl Sets {
-    /// The set of `scope` if it is made, with whether it has any entity.
-    pub fn find(&self, scope: &Scope) -> Option<(String, bool)> {
-        self.made.iter().find(|(_, (known, _))| known == scope).map(|(name, (_, any))| (name.clone(), *any))
-    }
-
-    pub fn next_name(&mut self) -> String {
-        self.last += 1;
-        format!("entities_{}", self.last)
-    }
-
-    pub fn add(&mut self, name: String, scope: Scope, any: bool) {
-        self.made.insert(name, (scope, any));
-    }
-
-    /// The transaction that made them was rolled back: what was made in it is gone, and the rest is made anew.
-    pub fn lost(&mut self) {
-        for (scope, _) in self.made.values_mut() {
-            scope.step = NO_STEP;
+    /// The set of what changed in `scope`, and whether any entity is touched; made if it does not stand.
+    pub fn get(&mut self, session: &Session, layout: &Layout, entity: &Entity, scope: Scope) -> Result<(usize, bool)> {
+        let stands = |made: &Made| match &made.scope {
+            Some((known, any)) if known.step == scope.step && known.ranges.agree_with(&scope.ranges) => {
+                serves(&made.entity, entity).then_some(*any)
+            }
+            _ => None,
+        };
+        if let Some(found) = self.0.iter().enumerate().find_map(|(set, made)| Some((set, stands(made)?))) {
+            return Ok(found);
         }
+        let set = match self.0.iter().position(|made| made.entity == *entity) {
+            Some(set) => set,
+            None => {
+                self.0.push(Made { entity: entity.clone(), scope: None, has_views: false });
+                self.0.len() - 1
+            }
+        };
+        let made = &mut self.0[set];
+        made.scope = None;
+        let is_new = !made.has_views;
+        let any = Builder { session, layout, entity, ranges: &scope.ranges, set, is_new }.build()?;
+        made.has_views |= any;
+        made.scope = Some((scope, any));
+        Ok((set, any))
     }
 
-    /// Drops the sets of other steps than `step`.
-    pub fn retire(&mut self, session: &Session, step: Option<i64>) -> Result<()> {
-        let old = self.made.iter().filter(|(_, (scope, _))| Some(scope.step) != step).map(|(name, _)| name.clone());
-        for name in old.collect::<Vec<_>>() {
-            drop_set(session, &name)?;
-            self.made.remove(&name);
-        }
-        Ok(())
+    /// What was made may be gone with a transaction, or be of another layout: all is made anew.
+    pub fn clear(&mut self) {
+        self.0.clear();
     }
 }

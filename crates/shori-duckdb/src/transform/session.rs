@@ -30,6 +30,15 @@ impl Session {
         outcome
     }
 
+    /// Runs one statement that makes or changes rows, and returns how many.
+    pub fn made(&self, sql: &str) -> Result<i64> {
+        let started = Instant::now();
+        // The count is the statement's only row: that of a table being created is not told as rows changed.
+        let outcome = self.connection.query_row(sql, [], |row| row.get(0)).map_err(|cause| failure("update", cause));
+        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
+        outcome
+    }
+
     /// The single number that a query gives; null is 0.
     pub fn number(&self, sql: &str) -> Result<i64> {
         Ok(self.optional_number(sql)?.unwrap_or(0))

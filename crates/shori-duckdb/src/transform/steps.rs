@@ -49,6 +49,11 @@ pub(super) fn record(session: &Session, step: i64, leg: &Leg, nets: bool, versio
 pub(super) struct Ranges(BTreeMap<CaptureNumber, i64>);
 
 impl Ranges {
+    /// Whether the captures of `other` are all here, with the same steps.
+    pub fn agree_with(&self, other: &Ranges) -> bool {
+        other.0.iter().all(|(number, step)| self.0.get(number) == Some(step))
+    }
+
     /// A condition on rows of `net_<table>`.
     pub fn of_nets(&self, table: &Table) -> String {
         self.condition(table, |step| format!("__at > {}", 2 * step + 1))
