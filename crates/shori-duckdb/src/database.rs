@@ -15,6 +15,10 @@ use crate::freed_memory::Watch;
 /// enough for a quick start after a crash.
 const WAL_AUTOCHECKPOINT: &str = "64MiB";
 
+/// Up to this many join values are compared with the lowest and highest of each row group before it is read: keys that
+/// are looked for in a large table mostly belong to few of its parts.
+const JOIN_VALUES_MAX: usize = 8_192;
+
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -42,6 +46,7 @@ impl Database {
             .with("autoinstall_known_extensions", "false")
             .and_then(|config| config.with("autoload_known_extensions", "false"))
             .and_then(|config| config.with("wal_autocheckpoint", WAL_AUTOCHECKPOINT))
+            .and_then(|config| config.with("dynamic_or_filter_threshold", JOIN_VALUES_MAX.to_string()))
             .and_then(|config| config.with("memory_limit", format!("{}MiB", settings.memory_limit_mib)))
             .and_then(|config| config.with("threads", settings.threads.to_string()))
             .and_then(|config| config.with("temp_directory", settings.spill_directory.display().to_string()))

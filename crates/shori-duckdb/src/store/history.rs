@@ -1,5 +1,5 @@
 //! Versions of rows in a target: new ones are appended with surrogate keys that go on from a control row (so that the
-//! table need not be searched for its highest), open ones are closed in place.
+//! table need not be searched for its highest), open ones are taken out and put back closed.
 
 use std::sync::Arc;
 
@@ -18,6 +18,7 @@ use crate::database::quote_name;
 
 const VERSIONS: &str = "shori_versions";
 const CLOSES: &str = "shori_closes";
+const CLOSED: &str = "shori_closed";
 
 const SELECT_NEXT_KEY: &str = "
 select next_surrogate_key
@@ -112,14 +113,27 @@ impl Versions {
     }
 
     /// Versions of this very output are never closed by it, whatever the order in which its parts came.
+    ///
+    /// Rows are taken out and put back, closed. An update in place keeps 24 KiB in memory for each column of each vector of
+    /// rows that it meets, until the next checkpoint, and that one writes those columns anew.
     fn close(&self, session: &Session, step: &Step) -> Result<u64> {
-        let table = quote_name(&step.target.projection);
+        let object = &step.target.projection;
+        let table = quote_name(object);
         let sql = format!(
-            "update {table} set valid_to = l.valid_to, is_current = false, updated_at = ? from temp.{CLOSES} as l \
-             where {table}.is_current and {table}.surrogate_key < ? and {}",
+            "create or replace temp table {CLOSED} as \
+             select {table}.rowid as shori_row, \
+                 {table}.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
+             from {table} join temp.{CLOSES} as l on {} \
+             where {table}.is_current and {table}.surrogate_key < ?",
             step.same_key(&table, "l")
         );
-        session.execute(&sql, &[time(self.written_at), Value::BigInt(self.first_key)], &step.target.projection)
+        session.execute(&sql, &[time(self.written_at), Value::BigInt(self.first_key)], object)?;
+        let sql = format!("delete from {table} where rowid in (select shori_row from temp.{CLOSED})");
+        session.execute(&sql, &[], object)?;
+        let sql = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
+        let closed = session.execute(&sql, &[], object)?;
+        session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;
+        Ok(closed)
     }
 
     fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<u64> {

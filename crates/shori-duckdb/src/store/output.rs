@@ -109,6 +109,7 @@ struct Loads {
     direct_rows: u64,
     has_upserts: bool,
     has_deletes: bool,
+    delete_rows: u64,
 }
 
 /// Takes parts from the reader until they are worth loading; none when all have come.
@@ -213,6 +214,7 @@ impl OpenOutput {
             create_temporary(&self.session, DELETES, &rows)?;
             self.loads.has_deletes = true;
         }
+        self.loads.delete_rows += rows.num_rows() as u64;
         load_rows(&self.session, "temp", DELETES, rows)
     }
 
@@ -262,16 +264,21 @@ impl OpenOutput {
     fn merge(&self) -> Result<u64> {
         let (session, step) = (&self.session, &self.step);
         let table = quote_name(&step.target.projection);
-        let delete = |loaded: &str| {
-            let sql = format!("delete from {table} using temp.{loaded} as l where {}", step.same_key(&table, "l"));
-            session.execute(&sql, &[], &step.target.projection)
-        };
+        let key = step.target.key.iter().map(|name| quote_name(name)).collect::<Vec<_>>().join(", ");
+        let loaded = [(self.loads.has_deletes, DELETES), (self.loads.has_upserts, UPSERTS)];
+        let keys: Vec<String> = loaded
+            .iter()
+            .filter(|(stands, _)| *stands)
+            .map(|(_, name)| format!("select {key} from temp.{name}"))
+            .collect();
         let mut rows = 0;
-        if self.loads.has_deletes {
-            rows += delete(DELETES)?;
+        // The target is searched once for what goes and for what is replaced.
+        if !keys.is_empty() {
+            let same_key = step.same_key(&table, "l");
+            let sql = format!("delete from {table} using ({}) as l where {same_key}", keys.join(" union all "));
+            rows = session.execute(&sql, &[], &step.target.projection)?.min(self.loads.delete_rows);
         }
         if self.loads.has_upserts {
-            delete(UPSERTS)?;
             let columns = column_list(&step.target);
             let sql = format!("insert into {table} ({columns}) select {columns} from temp.{UPSERTS}");
             rows += session.execute(&sql, &[], &step.target.projection)?;

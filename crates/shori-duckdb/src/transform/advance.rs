@@ -18,9 +18,6 @@ use super::session::Session;
 use super::staging::{Leg, Staged};
 use super::tables::{LSN_PARTS, Table, comma, lsn_literals, lsn_parts};
 
-/// Up to this many row ids DuckDB is asked to push into the scan: far cheaper than probing each row.
-const PUSHED_ROW_IDS_MAX: i64 = 2_000;
-
 /// What is kept of a step for projections, beside state.
 #[derive(Clone, Copy)]
 pub(super) struct Kept {
@@ -269,19 +266,7 @@ fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<
 /// they touch at the next checkpoint.
 fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<()> {
     let table = &staged.table;
-    let found = session.number("select count(*) from step_found")?;
-    if found > 0 {
-        let pushed = found <= PUSHED_ROW_IDS_MAX;
-        if pushed {
-            session.run(&format!("set dynamic_or_filter_threshold = {PUSHED_ROW_IDS_MAX}"))?;
-        }
-        let deleted =
-            session.run(&format!("delete from {} where rowid in (select __row from step_found)", table.state()));
-        if pushed {
-            session.run("reset dynamic_or_filter_threshold")?;
-        }
-        deleted?;
-    }
+    session.run(&format!("delete from {} where rowid in (select __row from step_found)", table.state()))?;
     let (boundary, join) =
         if table.has_history { ("c.__boundary", "left join step_chain c on c.__n = l.__n") } else { ("null", "") };
     session.run(&format!(
