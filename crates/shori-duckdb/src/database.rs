@@ -19,6 +19,10 @@ const WAL_AUTOCHECKPOINT: &str = "64MiB";
 /// are looked for in a large table mostly belong to few of its parts.
 const JOIN_VALUES_MAX: usize = 8_192;
 
+/// Memory above the limit that may be used while something is rolled back. What was done must be read to be undone; where
+/// there is no room for it, DuckDB gives up the whole instance.
+const ROLLBACK_RESERVE_MIB: u64 = 64;
+
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -35,6 +39,9 @@ pub struct Settings {
 #[derive(Clone)]
 pub struct Database {
     root: Arc<Mutex<Connection>>,
+    memory_limit_mib: u64,
+    /// How many roll back just now.
+    rolling_back: Arc<Mutex<usize>>,
     inline: bool,
     _freed_memory: Option<Arc<Watch>>,
 }
@@ -56,7 +63,13 @@ impl Database {
             true => None,
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
         };
-        Ok(Self { root: Arc::new(Mutex::new(root)), inline: settings.inline, _freed_memory: watch.map(Arc::new) })
+        Ok(Self {
+            root: Arc::new(Mutex::new(root)),
+            memory_limit_mib: settings.memory_limit_mib,
+            rolling_back: Arc::default(),
+            inline: settings.inline,
+            _freed_memory: watch.map(Arc::new),
+        })
     }
 
     /// Attaches the file as catalog `name`, creating it if missing. Attaching it again under its name does nothing.
@@ -103,6 +116,28 @@ impl Database {
             Ok(connection)
         };
         connect().map_err(|cause| duckdb_error("connect to", format!("DuckDB catalog {name}"), cause))
+    }
+
+    /// Ends the connection's transaction, undoing it, with some memory in reserve.
+    pub(crate) fn roll_back(&self, connection: &Connection) -> duckdb::Result<()> {
+        self.count_rolling_back(|count| count + 1, 1, self.memory_limit_mib + ROLLBACK_RESERVE_MIB);
+        let outcome = connection.execute_batch("rollback");
+        self.count_rolling_back(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
+        outcome
+    }
+
+    /// Changes the count, and the memory limit if the count has then come to `edge`.
+    fn count_rolling_back(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
+        let mut count = self.rolling_back.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = change(*count);
+        if *count != edge {
+            return;
+        }
+        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
+            // Memory that is in use is not given back before its time: the next rollback's end tries again.
+            tracing::debug!(%cause, limit_mib, "the memory limit stays as it is");
+        }
     }
 
     /// Runs blocking work off the async threads.

@@ -159,7 +159,13 @@ impl Store for DuckdbStore {
             if parts.is_empty() {
                 break;
             }
-            let load = move || open.load(parts).map(|()| open);
+            let load = move || match open.load(parts) {
+                Ok(()) => Ok(open),
+                Err(error) => {
+                    open.roll_back();
+                    Err(error)
+                }
+            };
             open = database.run(load).await?;
         }
         let sessions = self.sessions.clone();

@@ -296,9 +296,7 @@ impl Computer {
         let outcome = computation.run(shape.as_deref(), &mut self.sets);
         let holds = matches!(&outcome, Ok(Outcome::Output { laid, .. }) if laid.holds_transaction);
         if let Err(error) = outcome {
-            session.run("rollback")?;
-            // The query may have failed while names meant those that it reads.
-            session.run(&format!("use {CACHE}"))?;
+            session.roll_back()?;
             self.sets.clear();
             return Err(error);
         }

@@ -194,6 +194,10 @@ impl OpenOutput {
         Ok(())
     }
 
+    pub fn roll_back(self: Box<Self>) {
+        self.session.roll_back();
+    }
+
     fn load_upserts(&mut self, rows: RecordBatch) -> Result<()> {
         if self.loads.direct {
             self.loads.direct_rows += rows.num_rows() as u64;
@@ -226,7 +230,7 @@ impl OpenOutput {
             }
             Err(error) => {
                 let step = self.step.clone();
-                drop(self);
+                self.roll_back();
                 settled(sessions, &step, error)
             }
         }

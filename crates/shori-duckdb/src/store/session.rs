@@ -122,7 +122,7 @@ impl Session {
 
     /// Ends what is begun, if anything is: a failed commit has ended it already.
     pub fn roll_back(&self) {
-        if let Err(cause) = self.connection.execute_batch("rollback") {
+        if let Err(cause) = self.sessions.database.roll_back(&self.connection) {
             tracing::debug!(%cause, "nothing to roll back");
         }
     }

@@ -73,7 +73,8 @@ pub(super) fn apply(session: &Session, staged: &mut Staged, legs: &[Leg], kept: 
         kept_rows += chain::keep(session, staged, kept.step, &last)?;
     }
     if kept.nets {
-        kept_rows = kept_rows.max(keep_nets(session, &table, kept.step, &last)?);
+        keep_nets(session, &table, kept.step, &last)?;
+        kept_rows = kept_rows.max(keys);
     }
     write_state(session, staged, &last)?;
     Ok(kept_rows)
@@ -189,13 +190,12 @@ fn deleted_columns(table: &Table) -> String {
 
 /// Returns the number of touched keys.
 fn find_keys(session: &Session, table: &Table) -> Result<i64> {
-    session.run(&format!(
+    session.made(&format!(
         "create or replace temp table step_keys as
          select {keys}, max(__n) as __last from {} group by {keys}",
         table.staged(),
         keys = table.keys("")
-    ))?;
-    session.number("select count(*) from step_keys")
+    ))
 }
 
 fn find_rows(session: &Session, table: &Table, whole: bool) -> Result<()> {
@@ -232,8 +232,7 @@ fn drop_known(session: &Session, staged: &mut Staged, several: bool) -> Result<b
             table.key_match("i", "f")
         )
     };
-    session.run(&format!("create or replace temp table step_known as {known}"))?;
-    let count = session.number("select count(*) from step_known")?;
+    let count = session.made(&format!("create or replace temp table step_known as {known}"))?;
     if count == 0 {
         return Ok(false);
     }
@@ -250,16 +249,17 @@ fn drop_known(session: &Session, staged: &mut Staged, several: bool) -> Result<b
     Ok(true)
 }
 
-/// Keeps the rows before and after the step. Returns how many keys were touched.
-fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<i64> {
+/// Keeps the rows before and after the step.
+fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<()> {
     let (before, after) = (2 * step, 2 * step + 1);
     let names = format!("{}, {}", table.list(""), lsn_parts(""));
     session.run(&format!(
-        "insert into {net} (__at, __capture, {names}) select {before}, __capture, {names} from step_found;
-         insert into {net} (__at, __capture, {names}) select {after}, __capture, {names} from {last} where {LEAVES_ROW}",
+        "insert into {net} (__at, __capture, {names})
+         select {before}, __capture, {names} from step_found
+         union all
+         select {after}, __capture, {names} from {last} where {LEAVES_ROW}",
         net = table.net(),
-    ))?;
-    session.number("select count(*) from step_keys")
+    ))
 }
 
 /// Takes the touched rows out of state and puts the last images in. Faster than updates in place, which rewrite what

@@ -41,6 +41,9 @@ pub(super) enum Outcome {
     Output { positions: Positions, as_of_time: Micros, laid: Laid },
 }
 
+/// Rows of an output, and keys that lose theirs.
+type Counts = (i64, i64);
+
 /// Where the parts of one output lie.
 #[derive(Clone)]
 pub(super) struct Place(pub u64);
@@ -94,8 +97,9 @@ impl Computation<'_> {
         Ok(Outcome::Output { positions, as_of_time, laid })
     }
 
-    fn lay(&self, table: &str, query: &str) -> Result<()> {
-        self.session.run(&format!("create or replace table {table} as {query}"))
+    /// Returns how many rows there are.
+    fn lay(&self, table: &str, query: &str) -> Result<i64> {
+        self.session.made(&format!("create or replace table {table} as {query}"))
     }
 
     fn latest(&self, table: &Table, ranges: &Ranges) -> Result<Laid> {
@@ -106,7 +110,7 @@ impl Computation<'_> {
              select {keys}, min(__at) as __low, max(__at) as __high from {} where {range} group by {keys}",
             table.net()
         ))?;
-        self.lay(
+        let rows = self.lay(
             &self.place.rows(),
             &format!(
                 "select {}, {} as __source_lsn from {} n join __touched t on {} and n.__at = t.__high
@@ -117,11 +121,12 @@ impl Computation<'_> {
                 table.key_match("n", "t")
             ),
         )?;
-        self.lay(&self.place.keys(), &format!("select {keys} from __touched where __low % 2 = 0 and __high % 2 = 0"))?;
+        let gone = self
+            .lay(&self.place.keys(), &format!("select {keys} from __touched where __low % 2 = 0 and __high % 2 = 0"))?;
         let columns = query::latest_columns(table);
         let parts = vec![
-            Part::of_table(self.session, PartKind::Upsert, self.place.rows(), columns.clone())?,
-            Part::of_table(self.session, PartKind::Delete, self.place.keys(), key_columns(table))?,
+            Part::of_table(PartKind::Upsert, self.place.rows(), columns.clone(), rows),
+            Part::of_table(PartKind::Delete, self.place.keys(), key_columns(table), gone),
         ];
         Ok(Laid { kind: OutputKind::Merge, parts, holds_transaction: false })
     }
@@ -154,7 +159,7 @@ impl Computation<'_> {
             table.delta(),
             keys = table.keys(""),
         ))?;
-        self.lay(
+        let versions = self.lay(
             &self.place.rows(),
             &format!(
                 "select {}, {tracked} make_timestamp(d.__boundary) as valid_from, make_timestamp(e.__end) as valid_to,
@@ -171,11 +176,11 @@ impl Computation<'_> {
             ),
         )?;
         let columns = query::history_columns(table, &of.key);
-        let rows = Part::of_table(self.session, PartKind::Version, self.place.rows(), columns.clone())?;
+        let rows = Part::of_table(PartKind::Version, self.place.rows(), columns.clone(), versions);
         if self.since.is_none() {
             return Ok(Laid { kind: OutputKind::ReplaceVersions, parts: vec![rows], holds_transaction: false });
         }
-        self.lay(
+        let ended = self.lay(
             &self.place.keys(),
             &format!(
                 "select {}, make_timestamp(d.__boundary) as valid_to
@@ -190,7 +195,7 @@ impl Computation<'_> {
         let mut fields: Vec<_> = columns.fields()[..of.key.len()].to_vec();
         fields.extend(columns.fields().iter().filter(|field| field.name() == history::VALID_TO).cloned());
         let closed = Arc::new(arrow::datatypes::Schema::new(fields));
-        let keys = Part::of_table(self.session, PartKind::Close, self.place.keys(), closed)?;
+        let keys = Part::of_table(PartKind::Close, self.place.keys(), closed, ended);
         Ok(Laid { kind: OutputKind::Versions, parts: vec![keys, rows], holds_transaction: false })
     }
 
@@ -198,22 +203,19 @@ impl Computation<'_> {
         let settled = settle::settled(self.session, self.projection)?;
         let stands = settled.is_some() && (settled.as_ref() == self.since || !settle::keeps_result(sql));
         let (Some(ranges), true) = (ranges, stands) else {
-            query::run(
-                self.session,
-                sql,
-                LIVE,
-                &format!("create or replace table {} as select * from {{query}}", self.place.rows()),
-            )?;
-            return self.laid(shape, OutputKind::Replace);
+            let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
+            query::run(self.session, sql, LIVE, &create)?;
+            let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
+            return self.laid(shape, OutputKind::Replace, (rows, 0));
         };
-        match &sql.maintenance {
+        let counts = match &sql.maintenance {
             Maintenance::Recompute => self.recomputed(sql, shape)?,
             Maintenance::ByEntity { entity, measures } => {
                 let scope = Scope { ranges, step: steps::last(self.session)? };
                 let (set, any) = sets.get(self.session, self.layout, entity, scope)?;
                 if !any {
-                    self.nothing(shape)?;
-                    return self.laid(shape, OutputKind::Merge);
+                    let counts = self.nothing(shape)?;
+                    return self.laid(shape, OutputKind::Merge, counts);
                 }
                 for (table, schema) in [("__before", schema_before(set)), ("__after", schema_after(set))] {
                     let statement = format!("create or replace temp table {table} as select * from {{query}}");
@@ -225,8 +227,8 @@ impl Computation<'_> {
                     Measures::Additive { .. } => self.added(shape)?,
                 }
             }
-        }
-        self.laid(shape, OutputKind::Merge)
+        };
+        self.laid(shape, OutputKind::Merge, counts)
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
@@ -250,43 +252,47 @@ impl Computation<'_> {
             .with_remedy("name more columns in its key, or group by it"))
     }
 
-    fn laid(&self, shape: &Shape, kind: OutputKind) -> Result<Laid> {
-        self.check_key(shape)?;
-        let rows = Part::of_table(self.session, PartKind::Upsert, self.place.rows(), shape.published.clone())?;
+    fn laid(&self, shape: &Shape, kind: OutputKind, (rows, gone): Counts) -> Result<Laid> {
+        if rows > 0 {
+            self.check_key(shape)?;
+        }
+        let rows = Part::of_table(PartKind::Upsert, self.place.rows(), shape.published.clone(), rows);
         let mut parts = vec![rows];
         if kind == OutputKind::Merge {
             let fields = shape.key.iter().filter_map(|name| shape.fields.iter().find(|field| field.name() == name));
             let keys = Arc::new(arrow::datatypes::Schema::new(fields.cloned().collect::<Vec<_>>()));
-            parts.push(Part::of_table(self.session, PartKind::Delete, self.place.keys(), keys)?);
+            parts.push(Part::of_table(PartKind::Delete, self.place.keys(), keys, gone));
         }
         Ok(Laid { kind, parts, holds_transaction: false })
     }
 
-    fn nothing(&self, shape: &Shape) -> Result<()> {
+    fn nothing(&self, shape: &Shape) -> Result<Counts> {
         let typed = |name: &String| shape.type_of(name).map(|of| format!("null::{of} as {}", quote_name(name)));
         let all: Result<Vec<_>> = shape.fields.iter().map(|field| typed(field.name())).collect();
         let keys: Result<Vec<_>> = shape.key.iter().map(typed).collect();
-        self.lay(&self.place.rows(), &format!("select {} where false", all?.join(", ")))?;
-        self.lay(&self.place.keys(), &format!("select {} where false", keys?.join(", ")))
+        let rows = self.lay(&self.place.rows(), &format!("select {} where false", all?.join(", ")))?;
+        Ok((rows, self.lay(&self.place.keys(), &format!("select {} where false", keys?.join(", ")))?))
     }
 
     /// Rows of `after` that `before` has not, and keys of `before` that `after` has not.
-    fn compared(&self, shape: &Shape, before: &str, after: &str) -> Result<()> {
-        self.lay(&self.place.rows(), &format!("select * from (from {after} except from {before})"))?;
-        self.lay(
+    fn compared(&self, shape: &Shape, before: &str, after: &str) -> Result<Counts> {
+        let rows = self.lay(&self.place.rows(), &format!("select * from (from {after} except from {before})"))?;
+        let gone = self.lay(
             &self.place.keys(),
             &format!("select {} from {before} b anti join {after} a on {}", shape.keys("b"), shape.key_match("b", "a")),
-        )
+        )?;
+        Ok((rows, gone))
     }
 
-    fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<()> {
+    fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         query::run(self.session, sql, LIVE, "create or replace temp table __after as select * from {query}")?;
-        self.compared(shape, &result_table(&self.projection.name), "__after")?;
-        self.session.run("drop table temp.main.__after")
+        let counts = self.compared(shape, &result_table(&self.projection.name), "__after")?;
+        self.session.run("drop table temp.main.__after")?;
+        Ok(counts)
     }
 
     /// Adds the difference between after and before to what stands.
-    fn added(&self, shape: &Shape) -> Result<()> {
+    fn added(&self, shape: &Shape) -> Result<Counts> {
         let keys = shape.keys("x");
         let mut sums = Vec::new();
         let mut moved = Vec::new();
@@ -326,15 +332,17 @@ impl Computation<'_> {
             result_table(&self.projection.name),
             shape.key_match("d", "r")
         ))?;
-        self.lay(&self.place.rows(), &format!("select {} from __sums s where s.{weight} > 0", shape.list("s")))?;
-        self.lay(
+        let rows =
+            self.lay(&self.place.rows(), &format!("select {} from __sums s where s.{weight} > 0", shape.list("s")))?;
+        let gone = self.lay(
             &self.place.keys(),
             &format!("select {} from __sums s where s.{weight} <= 0 and s.__stood", shape.keys("s")),
-        )
+        )?;
+        Ok((rows, gone))
     }
 
     /// Recomputes the keys of touched entities in full, where some column does not add up.
-    fn touched(&self, sql: &SqlProjection, shape: &Shape) -> Result<()> {
+    fn touched(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         self.session.run(&format!(
             "create or replace temp table __moved as
              select {} from __before b union select {} from __after a",

@@ -16,11 +16,12 @@ const OBJECT: &str = "the state cache";
 
 pub(super) struct Session {
     pub connection: Connection,
+    database: Database,
 }
 
 impl Session {
     pub fn open(database: &Database) -> Result<Self> {
-        Ok(Self { connection: database.connect(CACHE)? })
+        Ok(Self { connection: database.connect(CACHE)?, database: database.clone() })
     }
 
     pub fn run(&self, sql: &str) -> Result<()> {
@@ -65,6 +66,13 @@ impl Session {
         read().map_err(|cause| failure("read", cause))
     }
 
+    /// Ends the transaction without effect. Work may have failed while names meant those of a query: they mean the cache's
+    /// again.
+    pub fn roll_back(&self) -> Result<()> {
+        self.database.roll_back(&self.connection).map_err(|cause| failure("roll back", cause))?;
+        self.run(&format!("use {CACHE}"))
+    }
+
     /// Runs `work` in a transaction: all of it, or nothing.
     pub fn transaction<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.run("begin transaction")?;
@@ -74,8 +82,7 @@ impl Session {
                 Ok(value)
             }
             Err(error) => {
-                // Work may have failed while names meant those of a query.
-                if let Err(cause) = self.run("rollback").and_then(|()| self.run(&format!("use {CACHE}"))) {
+                if let Err(cause) = self.roll_back() {
                     tracing::debug!(%cause, "a rollback failed");
                 }
                 Err(error)

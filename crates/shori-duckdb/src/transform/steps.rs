@@ -115,22 +115,26 @@ pub(super) fn standing(
         Need::Nets => "nets_kept",
         Need::Versions => "versions_kept",
     };
+    let steps = session.rows(&format!("select capture, step, lsn, seq, {column} from steps"), |row| {
+        Ok((
+            row.get::<_, CaptureNumber>(0)?,
+            row.get::<_, i64>(1)?,
+            row.get::<_, Vec<u8>>(2)?,
+            row.get::<_, Vec<u8>>(3)?,
+            row.get::<_, bool>(4)?,
+        ))
+    })?;
     let mut ranges = Ranges::default();
     for (number, id) in captures() {
         let position = from(id);
-        let step = session.optional_number(&format!(
-            "select max(step) from steps where capture = {number} and lsn = {} and seq = {}",
-            blob(position.lsn.as_slice()),
-            blob(position.seq.as_slice())
-        ))?;
-        let Some(step) = step else { return Ok(Standing::Gone) };
-        let lost = session.number(&format!(
-            "select count(*) from steps where capture = {number} and step > {step} and not {column}"
-        ))?;
-        if lost > 0 {
+        let own = || steps.iter().filter(|(capture, ..)| capture == number);
+        let is_there = |lsn: &[u8], seq: &[u8]| lsn == position.lsn.as_slice() && seq == position.seq.as_slice();
+        let reached = own().filter(|(_, _, lsn, seq, _)| is_there(lsn, seq)).map(|(_, step, ..)| *step).max();
+        let Some(reached) = reached else { return Ok(Standing::Gone) };
+        if own().any(|(_, step, _, _, kept)| *step > reached && !kept) {
             return Ok(Standing::Gone);
         }
-        ranges.0.insert(*number, step);
+        ranges.0.insert(*number, reached);
     }
     Ok(Standing::Covered(ranges))
 }
