@@ -172,7 +172,8 @@ impl Ingestor {
         let resume = known.iter().map(|(id, state)| {
             // A capture that stands still must not hold reading back; what comes for it is dropped.
             let watermark = if state.failed.is_some() { furthest.unwrap_or(state.watermark) } else { state.watermark };
-            let schema = (state.watermark != Watermark::ZERO).then(|| state.schema.clone());
+            let counts = state.watermark != Watermark::ZERO && !state.schema_forgotten;
+            let schema = counts.then(|| state.schema.clone());
             (id.clone(), Resume { watermark, snapshot: state.snapshot.clone(), schema })
         });
         let resume = resume.collect();
@@ -214,11 +215,12 @@ impl Ingestor {
         let mut fit = Vec::with_capacity(captures.len());
         let mut misfits = Vec::new();
         for capture in captures {
-            match known.get(&capture.id).map(|state| state.schema.change_to(&capture.schema)) {
+            let stored = known.get(&capture.id).filter(|state| !state.schema_forgotten);
+            match stored.map(|state| state.schema.change_to(&capture.schema)) {
                 Some(SchemaChange::Incompatible { reason }) => {
                     let table = capture.schema.table.clone();
                     let error = Error::new(ErrorKind::Schema, "capture", format!("table {table}"), reason)
-                        .with_remedy(format!("run shori resnapshot {table}"));
+                        .with_remedy(format!("run shori resnapshot --retyped {table}"));
                     misfits.push((capture.id, error));
                 }
                 _ => fit.push(capture),
@@ -344,7 +346,7 @@ impl Ingestor {
             // Who has asked may wait for the snapshot's end, and must not take the former one for it.
             self.log.send_modify(|log| {
                 if let Some(state) = log.captures.get_mut(&capture) {
-                    state.snapshot = progress.clone();
+                    (state.snapshot, state.failed) = (progress.clone(), None);
                 }
             });
         }

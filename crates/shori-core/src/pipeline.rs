@@ -19,7 +19,7 @@ use crate::projection::Projection;
 use crate::recent::Recent;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::source::Source;
-use crate::store::{RunRecord, RunStatus, Store};
+use crate::store::{CaptureState, RunRecord, RunStatus, Store};
 use crate::transform::Transform;
 
 /// Requests of one kind that may wait at a time.
@@ -104,14 +104,19 @@ impl Handle {
 
     /// Returns when the newest snapshot of a table is complete and every projection shows it.
     pub async fn snapshot_done(&self, table: &str) -> Result<()> {
+        let of_table = |state: &&CaptureState| &*state.schema.table == table;
         let done = |log: &LogState| {
-            log.captures.values().filter(|state| &*state.schema.table == table).all(|state| state.snapshot.is_done())
+            let mut captures = log.captures.values().filter(of_table);
+            captures.all(|state| state.snapshot.is_done() || state.failed.is_some())
         };
         let mut log = self.log.clone();
         let ends: BTreeMap<CaptureId, Position> = tokio::select! {
             biased;
             log = log.wait_for(done) => {
                 let log = log.map_err(|_| ended())?;
+                if let Some(reason) = log.captures.values().filter(of_table).find_map(|state| state.failed.as_ref()) {
+                    return Err(Error::new(ErrorKind::Schema, "resnapshot", format!("table {table}"), reason.clone()));
+                }
                 log.captures.iter().filter(|(_, state)| &*state.schema.table == table).map(|(id, state)| (id.clone(), state.snapshot.end)).collect()
             }
             _ = self.stop.cancelled() => return Err(ended()),

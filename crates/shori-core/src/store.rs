@@ -76,8 +76,9 @@ pub trait Store: Send + Sync {
         keep_rows: Option<u64>,
     ) -> Result<Position>;
 
-    /// Creates the target's table and control rows if missing; an added column is added. Fails when the table stands
-    /// with another key or column type.
+    /// Creates the target's table and control rows if missing; an added column is added. A table of rows that this
+    /// projection wrote with another key or column type is made anew, empty and without checkpoint; so is a table that
+    /// somebody has dropped. Fails when a table of versions stands with another key or column type.
     async fn prepare_target(&self, target: &Target) -> Result<()>;
 
     /// What the target's last output left; `None` before the first.
@@ -112,6 +113,8 @@ pub struct CaptureState {
     pub horizon: Position,
     /// Why the capture stands still until a person acts.
     pub failed: Option<String>,
+    /// The capture is read anew after a change of its shape: the next schema may be any.
+    pub schema_forgotten: bool,
 }
 
 /// One batch of a timeline, to be appended as one transaction.

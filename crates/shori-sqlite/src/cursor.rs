@@ -159,7 +159,7 @@ fn check_resume(capture: &Capture, known: Option<&Resume>, pruned: i64) -> Resul
     let next = &capture.layout.table.schema;
     if let Some(SchemaChange::Incompatible { reason }) = schema.map(|schema| schema.change_to(next)) {
         let table = &capture.layout.table.name;
-        return Err(table::refused(table, reason).with_remedy(format!("run shori resnapshot {table}")));
+        return Err(table::refused(table, reason).with_remedy(format!("run shori resnapshot --retyped {table}")));
     }
     check_gap(capture, capture.after, pruned)
 }

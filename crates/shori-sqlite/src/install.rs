@@ -301,7 +301,8 @@ fn exists(connection: &Connection, table: &str) -> bool {
 fn check_follows(stored: &Stored, table: &Table) -> Result<()> {
     match stored.schema.as_ref().map(|old| old.change_to(&table.schema)) {
         Some(SchemaChange::Incompatible { reason }) => {
-            Err(table::refused(&table.name, reason).with_remedy(format!("run shori resnapshot {}", table.name)))
+            Err(table::refused(&table.name, reason)
+                .with_remedy(format!("run shori resnapshot --retyped {}", table.name)))
         }
         _ => Ok(()),
     }

@@ -39,14 +39,14 @@ impl Projector {
             if self.is_within_horizon(worker, &target, state, log) {
                 continue;
             }
-            let complete = match readiness(&worker.projection, &target, state, log) {
-                Readiness::Wait => continue,
-                Readiness::Failed(reason) => {
-                    self.block(&mut state.workers[index], &target, reason).await;
-                    continue;
-                }
-                Readiness::Ready { complete } => complete,
-            };
+            let readiness = readiness(&worker.projection, &target, state, log);
+            if let Readiness::Failed(reason) = readiness {
+                self.block(&mut state.workers[index], &target, reason).await;
+                continue;
+            }
+            self.unblock(&mut state.workers[index]);
+            let Readiness::Ready { complete } = readiness else { continue };
+            let worker = &state.workers[index];
             match self.transform.compute(&target.projection, worker.checkpoint.as_ref()).await {
                 Ok(Computed::UpToDate) if complete => self.recovered(&mut state.workers[index]).await,
                 Ok(Computed::UpToDate | Computed::Behind) => {}

@@ -31,6 +31,8 @@ pub(super) struct Worker {
     pub(super) not_before: Option<Instant>,
     /// Why it did not move when it last could have; told once, until it moves again.
     pub(super) failure: Option<String>,
+    /// Whether that is a capture that stands still.
+    pub(super) blocked: bool,
     /// Whether its store is known to show no error of it.
     pub(super) well: bool,
     pub(super) waiting: Vec<oneshot::Sender<Result<()>>>,
@@ -63,6 +65,7 @@ impl Projector {
             backoff: Backoff::new(self.settings.retry),
             not_before: None,
             failure: None,
+            blocked: false,
             well: false,
             waiting: Vec::new(),
             goal: Positions::new(),
@@ -177,9 +180,18 @@ impl Projector {
         Ok(())
     }
 
+    /// No capture that the projection reads stands still, or none any more.
+    pub(super) fn unblock(&self, worker: &mut Worker) {
+        if std::mem::take(&mut worker.blocked) {
+            worker.failure = None;
+            self.report(worker, None);
+        }
+    }
+
     /// A capture that the projection reads stands still. It waits without trying: nothing that it does would help.
     pub(super) async fn block(&self, worker: &mut Worker, target: &Target, reason: String) {
         let object = format!("projection {}", target.projection);
+        worker.blocked = true;
         self.tell(worker, &Error::new(ErrorKind::Projection, "refresh", object, reason)).await;
     }
 

@@ -51,8 +51,6 @@ struct Stored {
 #[derive(Clone)]
 struct CaptureLog {
     state: CaptureState,
-    /// The next schema may be any.
-    retyped: bool,
     rows: Vec<Arc<LogRow>>,
 }
 
@@ -92,7 +90,7 @@ impl MemoryStorage {
             for batch in &batches {
                 rows.extend(log_rows(batch, 0)?);
             }
-            stored.captures.insert(id, CaptureLog { state, retyped: false, rows });
+            stored.captures.insert(id, CaptureLog { state, rows });
         }
         stored.targets.extend(targets.into_iter().map(|table| (table.target.projection.to_string(), table)));
         stored.rejected = rejected;
@@ -172,7 +170,7 @@ impl Stored {
             return Err(Error::new(ErrorKind::SourceReplaced, "read", format!("source {timeline}"), cause));
         }
         for info in captures {
-            let known = self.captures.get(&info.id).filter(|known| !known.retyped);
+            let known = self.captures.get(&info.id).filter(|known| !known.state.schema_forgotten);
             let change = known.map(|known| known.state.schema.change_to(&info.schema));
             if let Some(SchemaChange::Incompatible { reason }) = change {
                 return Err(Error::new(ErrorKind::Schema, "prepare", format!("capture {}", info.id), reason));
@@ -182,7 +180,7 @@ impl Stored {
         for info in captures {
             let known = self.captures.entry(info.id.clone()).or_insert_with(|| new_capture(timeline, info));
             known.state.schema = info.schema.clone();
-            known.retyped = false;
+            known.state.schema_forgotten = false;
         }
         Ok(())
     }
@@ -303,8 +301,9 @@ fn new_capture(timeline: &str, info: &CaptureInfo) -> CaptureLog {
         earlier_snapshots: Vec::new(),
         horizon: Position::ZERO,
         failed: None,
+        schema_forgotten: false,
     };
-    CaptureLog { state, retyped: false, rows: Vec::new() }
+    CaptureLog { state, rows: Vec::new() }
 }
 
 fn unknown(operation: &str, object: String) -> Error {
@@ -391,7 +390,7 @@ impl Store for MemoryStore {
             }
             state.failed = None;
             let progress = state.snapshot.clone();
-            log.retyped |= retyped;
+            log.state.schema_forgotten |= retyped;
             if retyped {
                 log.rows.clear();
             }

@@ -51,8 +51,18 @@ impl TargetTable {
         }
     }
 
-    /// Takes the target's shape: added columns are null in rows that stand.
+    /// Takes the target's shape: added columns are null in rows that stand. Rows of another shape are made anew.
     pub fn reshape(&mut self, target: &Target) -> Result<()> {
+        let rows = self.target.shape == TargetShape::Rows && target.shape == TargetShape::Rows;
+        let reshaped = self.follow(target);
+        if rows && reshaped.is_err() {
+            *self = Self::new(target.clone());
+            return Ok(());
+        }
+        reshaped
+    }
+
+    fn follow(&mut self, target: &Target) -> Result<()> {
         if self.target.key != target.key || self.target.shape != target.shape {
             return Err(target_mismatch(&target.projection, "its key is another".into()));
         }

@@ -178,6 +178,7 @@ pub(super) fn states(session: &Session) -> Result<BTreeMap<CaptureId, CaptureSta
                 earlier_snapshots: earlier,
                 horizon: capture.horizon,
                 failed: capture.failed.clone(),
+                schema_forgotten: capture.schema_forgotten,
             };
             states.insert(capture.id, state);
         }
@@ -276,7 +277,7 @@ pub(super) fn take_schema(session: &Session, capture: &Capture, next: &Arc<Table
             SchemaChange::Same => {}
             SchemaChange::Incompatible { reason } => {
                 return Err(Error::new(ErrorKind::Schema, "capture", format!("table {}", next.table), reason)
-                    .with_remedy(format!("run shori resnapshot {}", next.table)));
+                    .with_remedy(format!("run shori resnapshot --retyped {}", next.table)));
             }
             SchemaChange::Evolved { added, .. } => {
                 for field in added {

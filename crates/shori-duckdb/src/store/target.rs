@@ -144,12 +144,22 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
         .with_remedy("give the projection another name"));
     }
     session.transaction(table, |session| {
-        let columns = session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))?;
-        create_or_evolve(session, target, &columns)?;
+        let mut columns = session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))?;
         let key = serde_json::json!(target.key).to_string();
         let shape = shape_name(&target.shape);
-        let stored: Vec<(String, String)> =
+        let mut stored: Vec<(String, String)> =
             session.rows(SELECT_SHAPE, &[text(table)], METADATA, |row| Ok((row.get(0)?, row.get(1)?)))?;
+        if is_made_anew(target, &columns, stored.first(), &key)? {
+            session.batch(&format!("drop table {}", quote_name(table)), table)?;
+            columns.clear();
+        }
+        if columns.is_empty() && !stored.is_empty() {
+            // Whoever dropped it, what its checkpoint says is no longer there.
+            reset_in(session, table)?;
+            session.execute(SET_SHAPE, &[text(shape), text(&key), text(table)], METADATA)?;
+            stored = vec![(shape.into(), key.clone())];
+        }
+        create_or_evolve(session, target, &columns)?;
         match stored.first() {
             Some((stored_shape, _)) if stored_shape != shape && stored_shape != NO_SHAPE => {
                 Err(target_mismatch(table, format!("it holds {stored_shape}, and {shape} are to come")))
@@ -165,6 +175,27 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
             None => session.execute(INSERT_METADATA, &[text(table), text(shape), text(&key)], METADATA).map(|_| ()),
         }
     })
+}
+
+/// Rows are derived whole from state: where a projection wrote them, and their key or the type of a column is another
+/// now, they are made anew. Versions are kept: nothing else may hold what they do.
+fn is_made_anew(
+    target: &Target,
+    columns: &[(String, String)],
+    stored: Option<&(String, String)>,
+    key: &str,
+) -> Result<bool> {
+    let rows = shape_name(&TargetShape::Rows);
+    let Some((shape, stored_key)) = stored.filter(|_| !columns.is_empty()) else { return Ok(false) };
+    if shape != rows || shape_name(&target.shape) != rows {
+        return Ok(false);
+    }
+    let mut other = stored_key != key;
+    for field in &table_fields(target) {
+        let wanted = described_type(field.data_type())?;
+        other |= columns.iter().any(|(name, stored)| name.eq_ignore_ascii_case(field.name()) && *stored != wanted);
+    }
+    Ok(other)
 }
 
 pub(super) fn is_empty(session: &Session, table: &str) -> Result<bool> {
@@ -263,10 +294,12 @@ pub(super) fn clear_error(session: &Session, projection: &str) -> Result<()> {
 }
 
 pub(super) fn reset(session: &Session, projection: &str) -> Result<()> {
-    session.transaction(CHECKPOINTS, |session| {
-        session.execute(DELETE_CHECKPOINTS, &[text(projection)], CHECKPOINTS)?;
-        session.execute(SET_INIT, &[text(projection)], METADATA).map(|_| ())
-    })
+    session.transaction(CHECKPOINTS, |session| reset_in(session, projection))
+}
+
+fn reset_in(session: &Session, projection: &str) -> Result<()> {
+    session.execute(DELETE_CHECKPOINTS, &[text(projection)], CHECKPOINTS)?;
+    session.execute(SET_INIT, &[text(projection)], METADATA).map(|_| ())
 }
 
 pub(super) fn statuses(session: &Session) -> Result<Vec<ProjectionStatus>> {

@@ -239,6 +239,30 @@ async fn contract6_of_two_outputs_of_one_step_one_is_applied() {
 }
 
 #[tokio::test]
+async fn rows_of_another_shape_are_made_anew_and_versions_are_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    store.bootstrap().await.unwrap();
+    let (rows, zero) = (rows_target(), Position::ZERO);
+    store.prepare_target(&rows).await.unwrap();
+    let part = vec![OutputRows::Upsert(upserts(&Rows::from([((Some(1), "a".into()), Some(1))])))];
+    commit(&store, &rows, (0, 1), OutputKind::Merge, part, zero).await.unwrap();
+    let mut fields: Vec<Field> = rows.columns.fields().iter().map(|field| field.as_ref().clone()).collect();
+    fields[2] = Field::new("amount", DataType::Decimal128(18, 2), true);
+    let retyped = Target { columns: Arc::new(Schema::new(fields)), ..rows_target() };
+    for other in [Target { key: vec!["minute".into()], ..rows_target() }, rows_target(), retyped] {
+        store.prepare_target(&other).await.unwrap();
+        assert_eq!(store.checkpoint("proj_kpi").await.unwrap(), None);
+        let status = store.projection_statuses().await.unwrap().remove(0);
+        assert_eq!((status.status.as_str(), stored_rows(&store).await.len()), ("INIT", 0));
+    }
+    let versions = versions_target();
+    store.prepare_target(&versions).await.unwrap();
+    let other = Target { key: vec!["text".into()], ..versions_target() };
+    assert_eq!(store.prepare_target(&other).await.unwrap_err().kind(), ErrorKind::Schema);
+}
+
+#[tokio::test]
 async fn a_target_of_another_shape_is_refused_and_a_new_column_added() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
@@ -248,11 +272,8 @@ async fn a_target_of_another_shape_is_refused_and_a_new_column_added() {
         let store = &store;
         async move { assert_eq!(store.prepare_target(&target).await.unwrap_err().kind(), ErrorKind::Schema) }
     };
-    refused(Target { key: vec!["minute".into()], ..rows_target() }).await;
+    refused(Target { shape: TargetShape::Versions, ..rows_target() }).await;
     let mut fields: Vec<Field> = rows_target().columns.fields().iter().map(|field| field.as_ref().clone()).collect();
-    fields[2] = Field::new("amount", DataType::Decimal128(18, 2), true);
-    refused(Target { columns: Arc::new(Schema::new(fields.clone())), ..rows_target() }).await;
-    fields[2] = Field::new("amount", DataType::Int64, true);
     fields.push(Field::new("paid", DataType::Decimal128(18, 2), true));
     fields.push(Field::new("seen", DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into())), true));
     let wider = Target { columns: Arc::new(Schema::new(fields)), ..rows_target() };

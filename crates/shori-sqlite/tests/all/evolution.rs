@@ -121,7 +121,7 @@ fn a_retyped_column_stops_its_table_until_it_is_read_anew() {
     reader.drain(ALL);
     let (id, error) = reader.failed.pop().unwrap();
     assert_eq!((&*id.instance, error.kind()), ("t", ErrorKind::Schema));
-    assert_eq!(error.remedy(), Some("run shori resnapshot t"));
+    assert_eq!(error.remedy(), Some("run shori resnapshot --retyped t"));
     assert_eq!(reader.rows("other").len(), 1);
     // It stays so, until the resnapshot is asked for.
     reader.start().unwrap();

@@ -161,3 +161,49 @@ fn a_type_named_for_a_column_that_is_not_there_is_refused() {
         assert!(done.err.contains("table things") && done.err.contains(part), "{done:?}");
     }
 }
+
+/// Its key's type has changed: what the log holds of it is of another shape.
+#[test]
+fn a_retyped_table_is_read_anew_when_that_is_said() {
+    let world = small();
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    let retype = |id: &str, rows: &str| {
+        format!(
+            "begin; drop table things; create table things (id {id} primary key, name text, amount text);
+             insert into things values {rows}; commit;"
+        )
+    };
+    world.write(&retype("text", "('a', 'one', '1.10'), ('b', 'two', '2.20'), ('c', 'three', '3.30')"));
+    until("the retyped table to stand still", || {
+        let status = world.shori(&["status"]);
+        status.out.contains("run shori resnapshot --retyped things").then_some(())
+    });
+    running.stop();
+    let refused = world.shori(&["resnapshot", "things"]);
+    let last = refused.err.lines().last().unwrap_or_default();
+    assert!(refused.status == Some(1) && last.ends_with("run shori resnapshot --retyped things"), "{refused:?}");
+    let read = world.shori(&["resnapshot", "--retyped", "things"]);
+    assert_eq!(read.status, Some(0), "{read:?}");
+    // The history's table is of the former type: what it holds is nowhere else.
+    let once = world.shori(&["run", "--once"]);
+    assert!(once.status == Some(1) && once.err.contains("rename or drop the table"), "{once:?}");
+    world.serving().execute_batch("alter table things_history rename to things_history_before").unwrap();
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_eq!(names(&world), ["one", "two", "three"]);
+    // In a running pipeline too.
+    let mut running = world.run();
+    world.catch_up(&mut running);
+    world.write(&retype("integer", "(7, 'seven', '7.00')"));
+    until("the retyped table to stand still again", || {
+        let status = world.shori(&["status"]);
+        status.out.contains("run shori resnapshot --retyped things").then_some(())
+    });
+    world.succeed(&["resnapshot", "--retyped", "things"]);
+    until("the table as it is now", || {
+        (world.try_query("select name from things_latest").ok()?.len() == 1).then_some(())
+    });
+    assert_eq!(names(&world), ["seven"]);
+    running.stop();
+}
