@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
-use crate::freed_memory::Watch;
+use crate::freed_memory::{self, Watch};
 
 /// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
 /// enough for a quick start after a crash.
@@ -59,6 +59,7 @@ impl Database {
             .and_then(|config| config.with("temp_directory", settings.spill_directory.display().to_string()))
             .map_err(fail)?;
         let root = Connection::open_in_memory_with_flags(config).map_err(fail)?;
+        root.execute_batch(freed_memory::LARGE_ALLOCATION).map_err(fail)?;
         let watch = match settings.inline {
             true => None,
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),

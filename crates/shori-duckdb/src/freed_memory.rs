@@ -2,9 +2,9 @@
 //!
 //! DuckDB counts what it uses against its limit, but its allocator keeps pages that were freed for about a second, in case
 //! they are wanted again. Work that spills frees and takes blocks of many sizes, and may have as much again in such pages
-//! as in use. DuckDB gives them back before an allocation above `allocator_bulk_deallocation_flush_threshold`; set so low
-//! that it always does, small steps would pay for what only large ones need. So a thread looks at what the process holds,
-//! and asks for it only where that is far above the limit.
+//! as in use. DuckDB gives them back before an allocation above a threshold; set so low that each one is above it, small
+//! steps would pay for what only large ones need. So it is set to what large hash tables take; and a thread looks at what
+//! the process holds, and sets it lower for a moment where that is above the limit and has grown.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -12,20 +12,19 @@ use std::time::Duration;
 
 use duckdb::Connection;
 
-/// What the process may hold above DuckDB's limit before pages are given back: Arrow batches, SQLite's cache, what DuckDB
-/// does not count.
-const ABOVE_LIMIT_KIB: u64 = 64 * 1024;
+/// Growth since pages were last given back at which they are again: what is held then may all be in use.
+const GROWN_KIB: u64 = 16 * 1024;
 /// Time between two looks while what is held moves.
-const LOOK_MOVING: Duration = Duration::from_millis(20);
+const LOOK_MOVING: Duration = Duration::from_millis(10);
 /// Time between two looks while it stands still.
 const LOOK_STILL: Duration = Duration::from_millis(250);
 /// Less than this is standing still.
 const MOVING_KIB: u64 = 2 * 1024;
 
-const AT_ONCE: &str = "set allocator_bulk_deallocation_flush_threshold = '0KiB'";
-/// Anything that takes a block: pages are given back before.
-const TAKE_BLOCK: &str = "select count(distinct number) from range(3) as numbers(number)";
-const AS_BEFORE: &str = "reset allocator_bulk_deallocation_flush_threshold";
+/// A single allocation before which all freed pages are given back. No small step makes one.
+pub(crate) const LARGE_ALLOCATION: &str = "set allocator_bulk_deallocation_flush_threshold = '8MiB'";
+const ANY_ALLOCATION: &str = "set allocator_bulk_deallocation_flush_threshold = '0KiB'";
+const ALLOCATE: &str = "select count(distinct number) from range(3) as numbers(number)";
 
 /// A thread that looks. It has ended, and let go of its connection, when this is dropped.
 pub(crate) struct Watch {
@@ -38,7 +37,7 @@ impl Watch {
     pub fn start(connection: Connection, limit_mib: u64) -> Option<Self> {
         held_kib()?;
         let (alive, ended) = channel();
-        let look = move || look(&connection, limit_mib * 1024 + ABOVE_LIMIT_KIB, &ended);
+        let look = move || look(&connection, limit_mib * 1024, &ended);
         match thread::Builder::new().name("freed-memory".into()).spawn(look) {
             Ok(thread) => Some(Self { alive: Some(alive), thread: Some(thread) }),
             Err(error) => {
@@ -60,12 +59,14 @@ impl Drop for Watch {
     }
 }
 
-fn look(connection: &Connection, most_kib: u64, ended: &Receiver<()>) {
-    let (mut last, mut pause) = (0, LOOK_STILL);
+fn look(connection: &Connection, limit_kib: u64, ended: &Receiver<()>) {
+    let (mut last, mut lowest, mut pause) = (0, 0, LOOK_STILL);
     while matches!(ended.recv_timeout(pause), Err(RecvTimeoutError::Timeout)) {
         let Some(held) = held_kib() else { return };
-        if held > most_kib {
+        lowest = held.min(lowest);
+        if held > limit_kib && held > lowest + GROWN_KIB {
             give_back(connection);
+            lowest = held_kib().unwrap_or(held);
         }
         pause = if held.abs_diff(last) < MOVING_KIB { LOOK_STILL } else { LOOK_MOVING };
         last = held;
@@ -73,7 +74,7 @@ fn look(connection: &Connection, most_kib: u64, ended: &Receiver<()>) {
 }
 
 fn give_back(connection: &Connection) {
-    for statement in [AT_ONCE, TAKE_BLOCK, AS_BEFORE] {
+    for statement in [ANY_ALLOCATION, ALLOCATE, LARGE_ALLOCATION] {
         if let Err(error) = connection.execute_batch(statement) {
             tracing::debug!(%error, "freed memory is given back at the next look");
         }
@@ -95,7 +96,7 @@ mod tests {
     fn memory_is_told_and_given_back_by_statements_that_duckdb_knows() {
         let connection = Connection::open_in_memory().unwrap();
         assert!(held_kib().is_none_or(|held| held > 0));
-        for statement in [AT_ONCE, TAKE_BLOCK, AS_BEFORE] {
+        for statement in [ANY_ALLOCATION, ALLOCATE, LARGE_ALLOCATION] {
             connection.execute_batch(statement).unwrap();
         }
     }
