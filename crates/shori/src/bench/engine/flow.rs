@@ -123,6 +123,9 @@ impl Watch {
         if let Event::ProjectionFailed { projection, reason } = event {
             eprintln!("  {projection}: {reason}");
         }
+        if let Event::Retrying { what, reason, .. } = event {
+            eprintln!("  trying {what} again: {reason}");
+        }
         if !self.warm.load(Ordering::Relaxed) {
             return;
         }
