@@ -3,6 +3,7 @@
 //! The instance itself is in memory; files are attached by name. A transaction may write to one attached file only, so
 //! store and transform use connections of their own.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,6 +24,10 @@ const JOIN_VALUES_MAX: usize = 8_192;
 /// there is no room for it, DuckDB gives up the whole instance.
 const ROLLBACK_RESERVE_MIB: u64 = 64;
 
+/// Scattered deletions in a catalog after which it is checkpointed. Until then DuckDB keeps 16 KiB for each vector of rows
+/// that lost one, which it can neither spill nor evict: without a bound, they come to fill the memory of the instance.
+const SCATTERED_MAX: u64 = 40_000;
+
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -42,6 +47,8 @@ pub struct Database {
     memory_limit_mib: u64,
     /// How many roll back just now.
     rolling_back: Arc<Mutex<usize>>,
+    /// Scattered deletions since the last checkpoint, by catalog.
+    scattered: Arc<Mutex<BTreeMap<String, u64>>>,
     inline: bool,
     _freed_memory: Option<Arc<Watch>>,
 }
@@ -68,6 +75,7 @@ impl Database {
             root: Arc::new(Mutex::new(root)),
             memory_limit_mib: settings.memory_limit_mib,
             rolling_back: Arc::default(),
+            scattered: Arc::default(),
             inline: settings.inline,
             _freed_memory: watch.map(Arc::new),
         })
@@ -125,6 +133,29 @@ impl Database {
         let outcome = connection.execute_batch("rollback");
         self.count_rolling_back(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
         outcome
+    }
+
+    /// Takes note of committed deletions that may lie anywhere in the tables of `catalog`, and checkpoints it when there
+    /// have been many. Only outside of a transaction. While others write, a checkpoint has to wait for the next time.
+    pub(crate) fn deleted(&self, connection: &Connection, catalog: &str, count: u64) {
+        if count == 0 {
+            return;
+        }
+        let due = {
+            let mut scattered = self.scattered.lock().unwrap_or_else(PoisonError::into_inner);
+            let sum = scattered.entry(catalog.to_string()).or_default();
+            *sum += count;
+            *sum > SCATTERED_MAX
+        };
+        if !due {
+            return;
+        }
+        match connection.execute_batch(&format!("checkpoint {}", quote_name(catalog))) {
+            Ok(()) => {
+                self.scattered.lock().unwrap_or_else(PoisonError::into_inner).remove(catalog);
+            }
+            Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
+        }
     }
 
     /// Changes the count, and the memory limit if the count has then come to `edge`.

@@ -254,6 +254,7 @@ fn apply(session: &Session, shared: &Shared, legs: &[Leg], mut staging: Staging)
     for staged in staging.tables.values() {
         session.run(&format!("drop table if exists {}", staged.table.staged()))?;
     }
+    session.deleted_from_vectors(staging.tables.values().map(|staged| staged.deleted_from).sum());
     Ok(Advanced { rows: staging.rows })
 }
 

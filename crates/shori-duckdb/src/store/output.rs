@@ -225,6 +225,9 @@ impl OpenOutput {
     pub fn finish(self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Committed> {
         match self.finish_once() {
             Ok(rows) => {
+                if !self.loads.direct || self.versions.is_some() {
+                    self.session.deleted(rows);
+                }
                 self.session.give_back();
                 Ok(Committed::Applied { rows })
             }

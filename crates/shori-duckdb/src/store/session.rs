@@ -120,6 +120,11 @@ impl Session {
         }
     }
 
+    /// Tells that committed work has taken the place of at most so many rows.
+    pub fn deleted(&self, count: u64) {
+        self.sessions.database.deleted(&self.connection, &self.sessions.catalog, count);
+    }
+
     /// Ends what is begun, if anything is: a failed commit has ended it already.
     pub fn roll_back(&self) {
         if let Err(cause) = self.sessions.database.roll_back(&self.connection) {

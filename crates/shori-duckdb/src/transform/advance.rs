@@ -18,6 +18,9 @@ use super::session::Session;
 use super::staging::{Leg, Staged};
 use super::tables::{LSN_PARTS, Table, comma, lsn_literals, lsn_parts};
 
+/// Rows of one of DuckDB's vectors.
+const VECTOR_ROWS: i64 = 2_048;
+
 /// What is kept of a step for projections, beside state.
 #[derive(Clone, Copy)]
 pub(super) struct Kept {
@@ -76,7 +79,7 @@ pub(super) fn apply(session: &Session, staged: &mut Staged, legs: &[Leg], kept: 
         keep_nets(session, &table, kept.step, &last)?;
         kept_rows = kept_rows.max(keys);
     }
-    write_state(session, staged, &last)?;
+    staged.deleted_from = write_state(session, staged, &last)?;
     Ok(kept_rows)
 }
 
@@ -263,8 +266,8 @@ fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<
 }
 
 /// Takes the touched rows out of state and puts the last images in. Faster than updates in place, which rewrite what
-/// they touch at the next checkpoint.
-fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<()> {
+/// they touch at the next checkpoint. Returns how many vectors of state lost rows.
+fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<i64> {
     let table = &staged.table;
     session.run(&format!("delete from {} where rowid in (select __row from step_found)", table.state()))?;
     let (boundary, join) =
@@ -278,5 +281,6 @@ fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<()> {
         state = table.state(),
         names = format_args!("{}, {}", table.list(""), lsn_parts("")),
         columns = format_args!("{}, {}", table.list("l"), lsn_parts("l")),
-    ))
+    ))?;
+    session.number(&format!("select count(distinct __row // {VECTOR_ROWS}) from step_found"))
 }

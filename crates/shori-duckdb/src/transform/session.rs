@@ -12,6 +12,9 @@ pub(super) const CACHE: &str = "cache";
 /// A catalog in memory for what need not survive: outputs being read, rows of touched entities, names for queries.
 pub(super) const WORK: &str = "cache_work";
 
+/// Deletions of which only the vectors are counted weigh more: every one of them takes memory.
+const DELETIONS_PER_VECTOR: u64 = 20;
+
 const OBJECT: &str = "the state cache";
 
 pub(super) struct Session {
@@ -71,6 +74,11 @@ impl Session {
     pub fn roll_back(&self) -> Result<()> {
         self.database.roll_back(&self.connection).map_err(|cause| failure("roll back", cause))?;
         self.run(&format!("use {CACHE}"))
+    }
+
+    /// Tells that committed work has deleted rows from so many vectors of large tables.
+    pub fn deleted_from_vectors(&self, count: i64) {
+        self.database.deleted(&self.connection, CACHE, count.max(0) as u64 * DELETIONS_PER_VECTOR);
     }
 
     /// Runs `work` in a transaction: all of it, or nothing.

@@ -29,6 +29,8 @@ pub(super) struct Staged {
     /// Per word, the columns that some image lacks.
     pub masks: Vec<u64>,
     pub truncates: Vec<Truncate>,
+    /// Vectors of state that lost rows.
+    pub deleted_from: i64,
 }
 
 /// All keys of a capture go, at `n` in the order of the step.
@@ -58,6 +60,7 @@ impl Staged {
             has_deletes: false,
             masks: vec![0; table.mask_words()],
             truncates: Vec::new(),
+            deleted_from: 0,
         })
     }
 
