@@ -20,13 +20,15 @@ const WAL_AUTOCHECKPOINT: &str = "64MiB";
 /// are looked for in a large table mostly belong to few of its parts.
 const JOIN_VALUES_MAX: usize = 8_192;
 
-/// Memory above the limit that may be used while something is rolled back. What was done must be read to be undone; where
-/// there is no room for it, DuckDB gives up the whole instance.
-const ROLLBACK_RESERVE_MIB: u64 = 64;
+/// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
+/// undone; where there is no room for it, DuckDB gives up the whole instance.
+const RESERVE_MIB: u64 = 64;
 
 /// Scattered deletions in a catalog after which it is checkpointed. Until then DuckDB keeps 16 KiB for each vector of rows
 /// that lost one, which it can neither spill nor evict: without a bound, they come to fill the memory of the instance.
 const SCATTERED_MAX: u64 = 40_000;
+/// A checkpoint that has been due so many times over is waited for.
+const OVERDUE: u64 = 3;
 
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
@@ -45,8 +47,8 @@ pub struct Settings {
 pub struct Database {
     root: Arc<Mutex<Connection>>,
     memory_limit_mib: u64,
-    /// How many roll back just now.
-    rolling_back: Arc<Mutex<usize>>,
+    /// How many may use the reserve just now.
+    using_reserve: Arc<Mutex<usize>>,
     /// Scattered deletions since the last checkpoint, by catalog.
     scattered: Arc<Mutex<BTreeMap<String, u64>>>,
     inline: bool,
@@ -74,7 +76,7 @@ impl Database {
         Ok(Self {
             root: Arc::new(Mutex::new(root)),
             memory_limit_mib: settings.memory_limit_mib,
-            rolling_back: Arc::default(),
+            using_reserve: Arc::default(),
             scattered: Arc::default(),
             inline: settings.inline,
             _freed_memory: watch.map(Arc::new),
@@ -129,28 +131,38 @@ impl Database {
 
     /// Ends the connection's transaction, undoing it, with some memory in reserve.
     pub(crate) fn roll_back(&self, connection: &Connection) -> duckdb::Result<()> {
-        self.count_rolling_back(|count| count + 1, 1, self.memory_limit_mib + ROLLBACK_RESERVE_MIB);
-        let outcome = connection.execute_batch("rollback");
-        self.count_rolling_back(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
-        outcome
+        self.with_reserve(|| connection.execute_batch("rollback"))
     }
 
     /// Takes note of committed deletions that may lie anywhere in the tables of `catalog`, and checkpoints it when there
-    /// have been many. Only outside of a transaction. While others write, a checkpoint has to wait for the next time.
+    /// have been many. Only outside of a transaction. While others write, a checkpoint has to wait for the next time, but
+    /// not for ever.
     pub(crate) fn deleted(&self, connection: &Connection, catalog: &str, count: u64) {
-        if count == 0 {
-            return;
-        }
-        let due = {
+        let sum = {
             let mut scattered = self.scattered.lock().unwrap_or_else(PoisonError::into_inner);
             let sum = scattered.entry(catalog.to_string()).or_default();
             *sum += count;
-            *sum > SCATTERED_MAX
+            *sum
         };
-        if !due {
-            return;
+        if sum > SCATTERED_MAX {
+            self.checkpoint(connection, catalog, sum > SCATTERED_MAX * OVERDUE);
         }
-        match connection.execute_batch(&format!("checkpoint {}", quote_name(catalog))) {
+    }
+
+    /// After something has failed for want of memory: checkpoints what holds some, so that trying again may succeed. Only
+    /// outside of a transaction.
+    pub(crate) fn relieve(&self, connection: &Connection) {
+        let held = self.scattered.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for (catalog, _) in held.into_iter().filter(|(_, count)| *count > 0) {
+            self.checkpoint(connection, &catalog, true);
+        }
+    }
+
+    /// With `wait`, those who write are waited for; where calls share one thread, they would wait for this one.
+    fn checkpoint(&self, connection: &Connection, catalog: &str, wait: bool) {
+        let force = if wait && !self.inline { "force " } else { "" };
+        let checkpoint = format!("{force}checkpoint {}", quote_name(catalog));
+        match self.with_reserve(|| connection.execute_batch(&checkpoint)) {
             Ok(()) => {
                 self.scattered.lock().unwrap_or_else(PoisonError::into_inner).remove(catalog);
             }
@@ -158,16 +170,23 @@ impl Database {
         }
     }
 
+    fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.count_using_reserve(|count| count + 1, 1, self.memory_limit_mib + RESERVE_MIB);
+        let outcome = work();
+        self.count_using_reserve(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
+        outcome
+    }
+
     /// Changes the count, and the memory limit if the count has then come to `edge`.
-    fn count_rolling_back(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
-        let mut count = self.rolling_back.lock().unwrap_or_else(PoisonError::into_inner);
+    fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
+        let mut count = self.using_reserve.lock().unwrap_or_else(PoisonError::into_inner);
         *count = change(*count);
         if *count != edge {
             return;
         }
         let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
-            // Memory that is in use is not given back before its time: the next rollback's end tries again.
+            // Memory that is in use is not given back before its time: whoever uses the reserve next tries again.
             tracing::debug!(%cause, limit_mib, "the memory limit stays as it is");
         }
     }
@@ -200,6 +219,13 @@ pub(crate) fn one_line(message: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
+const RAISE_MEMORY: &str = "raise memory_limit_mib";
+
+/// Whether the error tells that memory has run out.
+pub(crate) fn is_out_of_memory(error: &Error) -> bool {
+    error.remedy() == Some(RAISE_MEMORY)
+}
+
 /// Tells apart what the engine must: DuckDB gives kinds only as text.
 pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::Error) -> Error {
     let text = cause.to_string();
@@ -225,7 +251,7 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     } else if has(&["database has been invalidated"]) {
         (ErrorKind::Corrupt, Some("start again: the file is recovered from its write-ahead log"))
     } else if has(&["Out of Memory"]) {
-        (ErrorKind::Refused, Some("raise memory_limit_mib"))
+        (ErrorKind::Refused, Some(RAISE_MEMORY))
     } else {
         (ErrorKind::Refused, None)
     };

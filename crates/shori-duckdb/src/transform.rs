@@ -298,6 +298,7 @@ impl Computer {
         let holds = matches!(&outcome, Ok(Outcome::Output { laid, .. }) if laid.holds_transaction);
         if let Err(error) = outcome {
             session.roll_back()?;
+            session.relieve_after(&error);
             self.sets.clear();
             return Err(error);
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use duckdb::Connection;
 use shori_core::{Error, Result};
 
-use crate::database::{Database, duckdb_error};
+use crate::database::{Database, duckdb_error, is_out_of_memory};
 
 /// The attached cache file.
 pub(super) const CACHE: &str = "cache";
@@ -69,6 +69,13 @@ impl Session {
         read().map_err(|cause| failure("read", cause))
     }
 
+    /// Makes room if memory ran out. Only outside of a transaction.
+    pub fn relieve_after(&self, error: &Error) {
+        if is_out_of_memory(error) {
+            self.database.relieve(&self.connection);
+        }
+    }
+
     /// Ends the transaction without effect. Work may have failed while names meant those of a query: they mean the cache's
     /// again.
     pub fn roll_back(&self) -> Result<()> {
@@ -93,6 +100,7 @@ impl Session {
                 if let Err(cause) = self.roll_back() {
                     tracing::debug!(%cause, "a rollback failed");
                 }
+                self.relieve_after(&error);
                 Err(error)
             }
         }

@@ -138,7 +138,11 @@ impl Staged {
             appender.append_record_batch(rows)?;
             appender.flush()
         };
-        write().map_err(|cause| failure("load changes into", cause))
+        write().map_err(|cause| {
+            let error = failure("load changes into", cause);
+            session.relieve_after(&error);
+            error
+        })
     }
 
     /// The batch's columns in the cache's order; one that the batch lacks is null.
