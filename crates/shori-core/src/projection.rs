@@ -104,6 +104,15 @@ impl Projection {
         }
     }
 
+    /// Tells one derivation from another. Where the text of a query stands is no part of it: a pipeline may be moved.
+    pub fn definition(&self) -> String {
+        let mut derivation = self.derivation.clone();
+        if let Derivation::Sql(sql) = &mut derivation {
+            sql.file.clear();
+        }
+        format!("{derivation:?}")
+    }
+
     /// Whether an output may go out while an initial snapshot still runs. A query over several half-read tables would
     /// mislead, one table's rows do not.
     pub fn shows_partial_snapshot(&self) -> bool {
@@ -128,6 +137,8 @@ pub struct Target {
     pub key: Vec<String>,
     /// What outputs carry. A history's table has the store's own columns besides.
     pub columns: SchemaRef,
+    /// What its rows are derived by: see [`Projection::definition`].
+    pub definition: String,
     pub captures: Vec<CaptureId>,
 }
 

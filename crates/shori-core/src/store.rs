@@ -78,7 +78,7 @@ pub trait Store: Send + Sync {
 
     /// Creates the target's table and control rows if missing; an added column is added. A table of rows that this
     /// projection wrote with another key or column type is made anew, empty and without checkpoint; so is a table that
-    /// somebody has dropped. Fails when a table of versions stands with another key or column type.
+    /// somebody has dropped. Rows of another definition stay, without checkpoint: the next output replaces them. Fails when a table of versions stands with another key or column type.
     async fn prepare_target(&self, target: &Target) -> Result<()>;
 
     /// What the target's last output left; `None` before the first.

@@ -202,6 +202,7 @@ async fn main() -> Result<(), Failure> {
         shape: TargetShape::Rows,
         key: vec!["order_id".into()],
         columns: schema.columns.clone(),
+        definition: String::new(),
         captures: vec![id.clone()],
     };
     store.prepare_target(&rows_target).await?;
@@ -237,6 +238,7 @@ async fn main() -> Result<(), Failure> {
         shape: TargetShape::Versions,
         key: vec!["order_id".into()],
         columns: Arc::new(Schema::new(fields)),
+        definition: String::new(),
         captures: vec![id],
     };
     store.prepare_target(&dim).await?;

@@ -152,7 +152,8 @@ impl Projector {
             Derivation::Latest { table } => (TargetShape::Rows, key_of(tables, table)),
             Derivation::History(history) => (TargetShape::Versions, history.key.clone()),
         };
-        let target = Target { projection: name.clone(), shape, key, columns, captures };
+        let definition = named.definition();
+        let target = Target { projection: name.clone(), shape, key, columns, definition, captures };
         worker.store.bootstrap().await?;
         worker.store.prepare_target(&target).await?;
         let checkpoint = worker.store.checkpoint(name).await?.map(|checkpoint| checkpoint.positions);

@@ -59,7 +59,12 @@ impl TargetTable {
             *self = Self::new(target.clone());
             return Ok(());
         }
-        reshaped
+        reshaped?;
+        if rows && self.target.definition != target.definition {
+            (self.checkpoint, self.status) = (None, Status::Init);
+        }
+        self.target = target.clone();
+        Ok(())
     }
 
     fn follow(&mut self, target: &Target) -> Result<()> {
@@ -84,7 +89,6 @@ impl TargetTable {
                 *row = sources.iter().map(value).collect();
             }
         }
-        self.target = target.clone();
         Ok(())
     }
 

@@ -121,5 +121,6 @@ pub fn target_of(
         }
         Derivation::History(history) => (history.key.clone(), TargetShape::Versions),
     };
-    Target { projection: projection.name.clone(), shape, key, columns, captures }
+    let definition = projection.definition();
+    Target { projection: projection.name.clone(), shape, key, columns, definition, captures }
 }

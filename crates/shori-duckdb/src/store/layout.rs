@@ -97,6 +97,7 @@ create table if not exists ctl_projection_metadata (
     target_shape varchar not null,
     target_key varchar not null
 );
+alter table ctl_projection_metadata add column if not exists definition varchar;
 create table if not exists pipeline_metadata (
     pipeline_name varchar not null,
     run_id varchar not null,

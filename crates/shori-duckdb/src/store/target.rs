@@ -24,13 +24,13 @@ where database_name = current_database() and schema_name = 'main' and table_name
 order by column_index";
 
 const SELECT_SHAPE: &str = "
-select target_shape, target_key
+select target_shape, target_key, definition
 from ctl_projection_metadata
 where projection_name = ?";
 
 const INSERT_METADATA: &str = "
 insert into ctl_projection_metadata
-values (?, null, null, null, 'INIT', null, null, 1, ?, ?)";
+values (?, null, null, null, 'INIT', null, null, 1, ?, ?, ?)";
 
 const SELECT_CHECKPOINT: &str = "
 select source_name, instance_name, last_consumed_lsn, last_seq
@@ -65,7 +65,7 @@ const NO_SHAPE: &str = "";
 
 const SET_SHAPE: &str = "
 update ctl_projection_metadata
-set target_shape = ?, target_key = ?
+set target_shape = ?, target_key = ?, definition = ?
 where projection_name = ?";
 
 const SET_ERROR: &str = "
@@ -145,52 +145,86 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
     }
     session.transaction(table, |session| {
         let mut columns = session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let key = serde_json::json!(target.key).to_string();
-        let shape = shape_name(&target.shape);
-        let mut stored: Vec<(String, String)> =
-            session.rows(SELECT_SHAPE, &[text(table)], METADATA, |row| Ok((row.get(0)?, row.get(1)?)))?;
-        if is_made_anew(target, &columns, stored.first(), &key)? {
+        let wanted = Written::wanted(target);
+        let stored = Written::stored(session, table)?;
+        if is_made_anew(target, &columns, stored.as_ref(), &wanted.key)? {
             session.batch(&format!("drop table {}", quote_name(table)), table)?;
             columns.clear();
         }
-        if columns.is_empty() && !stored.is_empty() {
-            // Whoever dropped it, what its checkpoint says is no longer there.
-            reset_in(session, table)?;
-            session.execute(SET_SHAPE, &[text(shape), text(&key), text(table)], METADATA)?;
-            stored = vec![(shape.into(), key.clone())];
-        }
+        let is_new = columns.is_empty();
         create_or_evolve(session, target, &columns)?;
-        match stored.first() {
-            Some((stored_shape, _)) if stored_shape != shape && stored_shape != NO_SHAPE => {
-                Err(target_mismatch(table, format!("it holds {stored_shape}, and {shape} are to come")))
+        match stored {
+            // Whoever dropped it, what its checkpoint says is no longer there.
+            Some(_) if is_new => {
+                reset_in(session, table)?;
+                wanted.update(session, table)
             }
-            Some((stored_shape, stored_key)) if *stored_key != key && stored_shape != NO_SHAPE => {
-                Err(target_mismatch(table, format!("its key is {stored_key}, and {key} is wanted")))
-            }
-            Some((stored_shape, _)) if stored_shape != NO_SHAPE => Ok(()),
-            _ if !columns.is_empty() && !is_empty(session, table)? => {
+            Some(stored) if stored.shape != NO_SHAPE => stored.follow(session, &wanted, table),
+            _ if !is_new && !is_empty(session, table)? => {
                 Err(target_mismatch(table, "it stands already and no projection has written it".into()))
             }
-            Some(_) => session.execute(SET_SHAPE, &[text(shape), text(&key), text(table)], METADATA).map(|_| ()),
-            None => session.execute(INSERT_METADATA, &[text(table), text(shape), text(&key)], METADATA).map(|_| ()),
+            Some(_) => wanted.update(session, table),
+            None => {
+                let values = [text(table), text(&wanted.shape), text(&wanted.key), text(&wanted.definition)];
+                session.execute(INSERT_METADATA, &values, METADATA).map(|_| ())
+            }
         }
     })
 }
 
+/// What a target was written as.
+struct Written {
+    shape: String,
+    key: String,
+    definition: String,
+}
+
+impl Written {
+    fn wanted(target: &Target) -> Self {
+        let (shape, key) = (shape_name(&target.shape).to_string(), serde_json::json!(target.key).to_string());
+        Self { shape, key, definition: target.definition.clone() }
+    }
+
+    fn stored(session: &Session, table: &str) -> Result<Option<Self>> {
+        let stored = session.rows(SELECT_SHAPE, &[text(table)], METADATA, |row| {
+            let definition: Option<String> = row.get(2)?;
+            Ok(Self { shape: row.get(0)?, key: row.get(1)?, definition: definition.unwrap_or_default() })
+        });
+        Ok(stored?.into_iter().next())
+    }
+
+    fn update(&self, session: &Session, table: &str) -> Result<()> {
+        let values = [text(&self.shape), text(&self.key), text(&self.definition), text(table)];
+        session.execute(SET_SHAPE, &values, METADATA).map(|_| ())
+    }
+
+    /// Rows that another query made stay until the next output, which begins from nothing.
+    fn follow(&self, session: &Session, wanted: &Self, table: &str) -> Result<()> {
+        if self.shape != wanted.shape {
+            return Err(target_mismatch(table, format!("it holds {}, and {} are to come", self.shape, wanted.shape)));
+        }
+        if self.key != wanted.key {
+            return Err(target_mismatch(table, format!("its key is {}, and {} is wanted", self.key, wanted.key)));
+        }
+        if self.definition == wanted.definition {
+            return Ok(());
+        }
+        if self.shape == shape_name(&TargetShape::Rows) {
+            reset_in(session, table)?;
+        }
+        wanted.update(session, table)
+    }
+}
+
 /// Rows are derived whole from state: where a projection wrote them, and their key or the type of a column is another
 /// now, they are made anew. Versions are kept: nothing else may hold what they do.
-fn is_made_anew(
-    target: &Target,
-    columns: &[(String, String)],
-    stored: Option<&(String, String)>,
-    key: &str,
-) -> Result<bool> {
+fn is_made_anew(target: &Target, columns: &[(String, String)], stored: Option<&Written>, key: &str) -> Result<bool> {
     let rows = shape_name(&TargetShape::Rows);
-    let Some((shape, stored_key)) = stored.filter(|_| !columns.is_empty()) else { return Ok(false) };
-    if shape != rows || shape_name(&target.shape) != rows {
+    let Some(stored) = stored.filter(|_| !columns.is_empty()) else { return Ok(false) };
+    if stored.shape != rows || shape_name(&target.shape) != rows {
         return Ok(false);
     }
-    let mut other = stored_key != key;
+    let mut other = stored.key != key;
     for field in &table_fields(target) {
         let wanted = described_type(field.data_type())?;
         other |= columns.iter().any(|(name, stored)| name.eq_ignore_ascii_case(field.name()) && *stored != wanted);
@@ -281,7 +315,7 @@ pub(super) fn record_error(session: &Session, projection: &str, message: &str) -
     let values = [text(&message), text(projection)];
     session.transaction(METADATA, |session| {
         if session.execute(SET_ERROR, &values, METADATA)? == 0 {
-            let unknown = [text(projection), text(NO_SHAPE), text("")];
+            let unknown = [text(projection), text(NO_SHAPE), text(""), text("")];
             session.execute(INSERT_METADATA, &unknown, METADATA)?;
             session.execute(SET_ERROR, &values, METADATA)?;
         }

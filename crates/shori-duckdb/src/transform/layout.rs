@@ -279,7 +279,7 @@ fn drop_stale_results(session: &Session, layout: &Layout) -> Result<()> {
         Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
     })?;
     for (name, definition) in stored {
-        let current = layout.projections.get(name.as_str()).map(super::query::definition);
+        let current = layout.projections.get(name.as_str()).map(|projection| projection.definition());
         if current.as_ref() != Some(&definition) {
             session.run(&format!(
                 "delete from settled where projection = {}; drop table if exists {}",

@@ -14,15 +14,6 @@ use super::tables::{Table, comma};
 use crate::database::{duckdb_error, one_line, quote_name};
 use crate::types::duckdb_type;
 
-/// Tells one derivation from another. Where the text of a query stands is no part of it: a pipeline may be moved.
-pub(super) fn definition(projection: &Projection) -> String {
-    let mut derivation = projection.derivation.clone();
-    if let Derivation::Sql(sql) = &mut derivation {
-        sql.file.clear();
-    }
-    format!("{derivation:?}")
-}
-
 /// What a query returns, and what its columns are for.
 #[derive(Debug)]
 pub(super) struct Shape {

@@ -105,7 +105,7 @@ fn mark(session: &Session, projection: &Projection, checkpoint: &Positions) -> R
     let name = quote_text(&projection.name);
     session.run(&format!(
         "delete from settled where projection = {name}; insert into settled values ({name}, {}, {})",
-        quote_text(&query::definition(projection)),
+        quote_text(&projection.definition()),
         quote_text(&encode(checkpoint))
     ))
 }

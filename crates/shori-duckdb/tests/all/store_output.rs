@@ -91,6 +91,7 @@ fn rows_target() -> Target {
         shape: TargetShape::Rows,
         key: vec!["minute".into(), "segment".into()],
         columns: Arc::new(Schema::new(fields)),
+        definition: String::new(),
         captures: vec![id("orders")],
     }
 }
@@ -304,6 +305,7 @@ fn versions_target() -> Target {
         shape: TargetShape::Versions,
         key: vec!["order_key".into()],
         columns: Arc::new(Schema::new(fields)),
+        definition: String::new(),
         captures: vec![id("orders")],
     }
 }

@@ -147,6 +147,7 @@ impl Engine {
             shape,
             key,
             columns: self.pipeline.transform.describe(&projection.name).await?,
+            definition: projection.definition(),
             captures: captures.map(|table| table.capture.clone()).collect(),
         })
     }

@@ -162,6 +162,29 @@ fn a_type_named_for_a_column_that_is_not_there_is_refused() {
     }
 }
 
+/// Rows of the former query would stay wherever nothing touches them.
+#[test]
+fn a_query_that_has_changed_is_run_over_everything() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    for changed in ["sum(amount * 2)", "max(amount)", "min(amount)"] {
+        world.put("amount_by_name.sql", &QUERY.replace("sum(amount)", changed));
+        world.succeed(&["run", "--once"]);
+        world.verify();
+    }
+    let by_entity =
+        CONFIGURATION.replace("key = [\"name\"]\n", "key = [\"name\"]\n[projection.entity]\nthings = \"id\"\n");
+    world.put("shori.toml", &by_entity);
+    world.put("amount_by_name.sql", &QUERY.replace("from things", "from things where id <> 1"));
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_eq!(world.value("select count(*) from amount_by_name"), "1");
+    world.serving().execute_batch("drop table amount_by_name").unwrap();
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_eq!(world.value("select count(*) from amount_by_name"), "1");
+}
+
 /// Its key's type has changed: what the log holds of it is of another shape.
 #[test]
 fn a_retyped_table_is_read_anew_when_that_is_said() {
