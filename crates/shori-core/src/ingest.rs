@@ -236,8 +236,12 @@ impl Ingestor {
     /// go of what that one has read, and the capture is not at fault.
     async fn leave_out(&mut self, failed: Vec<(CaptureId, Error)>, read: &mut Staged) -> Result<()> {
         for (capture, error) in failed {
-            let reason = error.to_string();
+            let mut reason = error.to_string();
             if let Some(state) = self.store.captures().await?.get(&capture) {
+                if !reason.contains("shori resnapshot") {
+                    // Whatever else is to be done, what it missed meanwhile is to be read.
+                    reason = format!("{reason}; then run shori resnapshot {}", state.schema.table);
+                }
                 if read.get(&capture).is_some_and(|staged| *staged != state.watermark.staged) {
                     return Err(self.overtaken());
                 }

@@ -230,3 +230,21 @@ fn a_retyped_table_is_read_anew_when_that_is_said() {
     assert_eq!(names(&world), ["seven"]);
     running.stop();
 }
+
+/// What it missed is to be read, and the error says so.
+#[test]
+fn a_table_renamed_and_back_is_read_anew_when_that_is_said() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    world.write("alter table things rename to elsewhere;");
+    let refused = world.shori(&["run", "--once"]);
+    assert!(refused.status == Some(1) && refused.err.contains("then run shori resnapshot things"), "{refused:?}");
+    world.write("alter table elsewhere rename to things; insert into things values (3, 'three', '3.30');");
+    world.shori(&["run", "--once"]);
+    let status = world.shori(&["status"]);
+    assert!(status.status == Some(1) && status.out.contains("then run shori resnapshot things"), "{status:?}");
+    world.shori(&["resnapshot", "things"]);
+    world.succeed(&["run", "--once"]);
+    assert_eq!(names(&world), ["one", "two", "three"]);
+    world.verify();
+}
