@@ -198,7 +198,8 @@ impl Projector {
             capture: capture.clone(),
         });
         let ranges: VecDeque<Range> = ranges.filter(|range| range.capture.to.position > range.after).collect();
-        let mut reader = StepReader::new(self.staging.clone(), self.recent.clone(), ranges, state.compacted.clone());
+        let (compacted, opened) = (state.compacted.clone(), state.opened.clone());
+        let mut reader = StepReader::new(self.staging.clone(), self.recent.clone(), ranges, compacted, opened);
         failpoint::reached(failpoint::PROJECT_BEFORE_ADVANCE);
         let advanced = self.transform.advance(&step.captures, &mut reader).await;
         if reader.is_torn() {

@@ -119,14 +119,33 @@ pub struct StepReader {
     /// Where state stands in what was read from the log.
     read: Positions,
     compacted: Positions,
+    /// The log's horizons when the cache was opened.
+    opened: Positions,
     torn: bool,
 }
 
 impl StepReader {
     /// `compacted`: the horizons that the log had when state was begun from its start.
-    pub fn new(staging: Arc<dyn Store>, recent: Recent, ranges: VecDeque<Range>, compacted: Positions) -> Self {
+    pub fn new(
+        staging: Arc<dyn Store>,
+        recent: Recent,
+        ranges: VecDeque<Range>,
+        compacted: Positions,
+        opened: Positions,
+    ) -> Self {
         let (parts, read) = (VecDeque::new(), Positions::new());
-        Self { staging, recent, ranges, parts, stream: None, read, compacted, torn: false }
+        Self { staging, recent, ranges, parts, stream: None, read, compacted, opened, torn: false }
+    }
+
+    /// The range's changes as they came, if they are in memory. State that was begun from a compacted log lacks rows below
+    /// the horizon: an image that leaves columns out could not be resolved there, and the log has it resolved.
+    fn recent(&self, range: &Range) -> Result<Option<Vec<ChangeBatch>>> {
+        let id = &range.capture.capture;
+        let horizon = [&self.compacted, &self.opened].into_iter().filter_map(|horizons| horizons.get(id)).max();
+        if range.after != Position::ZERO && horizon.is_some_and(|horizon| range.after < *horizon) {
+            return Ok(None);
+        }
+        self.recent.read(id, &range.after, &range.capture.to.position)
     }
 
     /// Whether the log no longer has what follows where state stands.
@@ -183,7 +202,7 @@ impl LogReader for StepReader {
                 self.check().await?;
                 return Ok(None);
             };
-            match self.recent.read(&range.capture.capture, &range.after, &range.capture.to.position)? {
+            match self.recent(&range)? {
                 Some(parts) => self.parts = parts.into(),
                 None => self.stream = Some(self.open(&range).await?),
             }
