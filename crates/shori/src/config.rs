@@ -4,6 +4,8 @@
 //! configuration. Every key has its default here, in one place; a key that is not known is refused, with the nearest one
 //! that is.
 
+mod environment;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -250,7 +252,7 @@ impl Loaded {
                 .with_remedy("name the file with -c, or use --dir for the demo pipeline")
         })?;
         let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let config = parse(&text, file, &environment(parent)?)?;
+        let config = parse(&text, file, &environment::read(parent)?)?;
         Ok(Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk })
     }
 
@@ -317,32 +319,16 @@ impl RetentionConfig {
     }
 }
 
-fn environment(directory: &Path) -> Result<BTreeMap<String, String>> {
-    let file = directory.join(".env");
-    if !file.exists() {
-        return Ok(BTreeMap::new());
-    }
-    let unreadable =
-        |cause| Error::new(ErrorKind::Usage, "read", format!("environment file {}", file.display()), cause);
-    let pairs = dotenvy::from_path_iter(&file).map_err(unreadable)?;
-    pairs.collect::<std::result::Result<_, _>>().map_err(unreadable)
-}
-
 fn parse(text: &str, file: &Path, environment: &BTreeMap<String, String>) -> Result<Config> {
-    let text = interpolate(text, file, environment)?;
-    let config: Config = toml::from_str(&text).map_err(|cause| {
-        let line = cause.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+    let filled = environment::fill(text, file, environment)?;
+    toml::from_str(&filled.text).map_err(|cause| {
+        let line = cause.span().map_or(0, |span| filled.line_of(span.start));
         let object = format!("configuration {} line {line}", file.display());
-        let message = cause.message();
-        let hint = unknown_key(message).map(|(key, known)| nearest(&key, known.iter().map(String::as_str)));
-        Error::new(
-            ErrorKind::Usage,
-            "read",
-            object,
-            format!("{}{}", message.replace('\n', " "), hint.unwrap_or_default()),
-        )
-    })?;
-    Ok(config)
+        let message = filled.without_values(cause.message(), cause.span().as_ref());
+        let hint = unknown_key(&message).map(|(key, known)| nearest(&key, known.iter().map(String::as_str)));
+        let message = message.replace('\n', " ");
+        Error::new(ErrorKind::Usage, "read", object, format!("{message}{}", hint.unwrap_or_default()))
+    })
 }
 
 /// Key and known keys of serde's message about an unknown one.
@@ -357,44 +343,6 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     let scored = known.map(|known| (strsim::jaro_winkler(name, known), known)).filter(|(score, _)| *score > 0.75);
     let best = scored.max_by(|(left, _), (right, _)| left.total_cmp(right));
     best.map(|(_, known)| format!("; did you mean {known}?")).unwrap_or_default()
-}
-
-/// Replaces `${NAME}` and `${NAME:-default}` outside comments.
-fn interpolate(text: &str, file: &Path, environment: &BTreeMap<String, String>) -> Result<String> {
-    let mut out = String::with_capacity(text.len());
-    for (number, line) in text.split_inclusive('\n').enumerate() {
-        if line.trim_start().starts_with('#') {
-            out.push_str(line);
-            continue;
-        }
-        let mut rest = line;
-        while let Some(start) = rest.find("${") {
-            out.push_str(&rest[..start]);
-            let Some(length) = rest[start..].find('}') else { break };
-            let inside = &rest[start + 2..start + length];
-            let (name, default) = match inside.split_once(":-") {
-                Some((name, default)) => (name, Some(default)),
-                None => (inside, None),
-            };
-            let value = std::env::var(name).ok().or_else(|| environment.get(name).cloned());
-            match value.as_deref().or(default) {
-                Some(value) => out.push_str(value),
-                None => {
-                    let object = format!("configuration {} line {}", file.display(), number + 1);
-                    return Err(Error::new(
-                        ErrorKind::Usage,
-                        "read",
-                        object,
-                        format!("environment variable {name} is not set"),
-                    )
-                    .with_remedy(format!("set it, put it in .env, or write ${{{name}:-default}}")));
-                }
-            }
-            rest = &rest[start + length + 1..];
-        }
-        out.push_str(rest);
-    }
-    Ok(out)
 }
 
 #[cfg(test)]
@@ -439,5 +387,45 @@ mod tests {
     fn a_missing_key_is_named() {
         let message = read(&SMALL.replace("name = \"p\"\n", "")).unwrap_err().to_string();
         assert!(message.contains("missing field `name`"), "{message}");
+    }
+
+    #[test]
+    fn no_error_tells_a_value_of_the_environment() {
+        let secret = "hunter2, expected \"x\"\n# y";
+        let environment = BTreeMap::from([
+            ("SHORI_TEST_SECRET".to_string(), "hunter2".to_string()),
+            ("SHORI_TEST_LINES".to_string(), secret.to_string()),
+        ]);
+        let memory = [
+            "limit_mib = \"${SHORI_TEST_SECRET}\"",
+            "limit_mib = ${SHORI_TEST_SECRET}",
+            "limit_mib = '''${SHORI_TEST_LINES}'''",
+            "limit_mib = \"${SHORI_TEST_LINES}\"",
+            "${SHORI_TEST_SECRET} = 1",
+            "\"a${SHORI_TEST_SECRET}\" = 1",
+            "limit_mib = 1\nlimit_mib = \"${SHORI_TEST_SECRET}\"",
+        ];
+        for line in memory {
+            let text = format!("{SMALL}[memory]\n{line}\n");
+            let message = parse(&text, Path::new("test.toml"), &environment).unwrap_err().to_string();
+            assert!(!message.contains("hunter2") && !message.contains('\n'), "{message}");
+            assert!(message.contains("${SHORI_TEST_"), "{message}");
+            assert!(message.contains("line 13") || message.contains("line 14"), "{message}");
+        }
+        let text = format!("{SMALL}[memory]\nlimit_mib = \"${{SHORI_TEST_SECRET}}\"");
+        let message = parse(&text, Path::new("test.toml"), &environment).unwrap_err().to_string();
+        assert!(message.contains("${SHORI_TEST_SECRET}, expected u64"), "{message}");
+        let text = format!("{}x = 1", SMALL.replace("name = \"p\"", "name = '''${SHORI_TEST_LINES}'''"));
+        let message = parse(&text, Path::new("test.toml"), &environment).unwrap_err().to_string();
+        assert!(message.contains("line 12") && message.contains("unknown field `x`"), "{message}");
+    }
+
+    #[test]
+    fn an_environment_file_that_is_not_understood_is_told_without_its_content() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(".env"), "# names\nA=1\nSECRET=hunter2\"x\nB=2\n").unwrap();
+        let message = environment::read(folder.path()).unwrap_err().to_string();
+        assert!(message.contains(".env line 3") && !message.contains("hunter2"), "{message}");
+        assert!(!message.contains('\n'), "{message}");
     }
 }
