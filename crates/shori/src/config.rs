@@ -5,6 +5,7 @@
 //! that is.
 
 mod environment;
+mod refusals;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -253,7 +254,9 @@ impl Loaded {
         })?;
         let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let config = parse(&text, file, &environment::read(parent)?)?;
-        Ok(Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk })
+        let loaded = Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk };
+        refusals::check(&loaded)?;
+        Ok(loaded)
     }
 
     /// The demo pipeline, with its files in `directory`.

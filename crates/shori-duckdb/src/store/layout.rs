@@ -144,8 +144,8 @@ pub(super) fn create_staging_table<'a>(table: &str, fields: impl Iterator<Item =
     Ok(format!("create table {} ({})", quote_name(table), columns.join(", ")))
 }
 
-/// Prefixes of tables that are the store's own.
-pub(super) fn is_reserved_table(name: &str) -> bool {
+/// Whether tables of that name are the store's own.
+pub fn is_reserved_table(name: &str) -> bool {
     let lower = name.to_lowercase();
     lower.starts_with("ctl_") || lower.starts_with("stg_cdc_") || lower == "pipeline_metadata"
 }

@@ -38,6 +38,48 @@ fn a_wrong_configuration_is_one_line_and_status_2() {
 }
 
 #[test]
+fn what_cannot_be_meant_is_refused_by_every_verb() {
+    let mut world = small();
+    let latest = "[[projection]]\nname = \"things_latest\"";
+    let store = "[[store]]\nname = \"serving\"";
+    let end = "[project]\ninterval_ms = 500\n";
+    let cases: [(&str, &str, &[&str]); 22] = [
+        (latest, "[[projection]]\nname = \"others_latest\"", &["projection others_latest", "rename one"]),
+        (latest, "[[projection]]\nname = \"OTHERS_latest\"", &["projection OTHERS_latest", "rename one"]),
+        (latest, "[[projection]]\nname = \"\"", &["projection \"\"", "its name is empty"]),
+        (latest, "[[projection]]\nname = \"ctl_store\"", &["projection ctl_store", "store's own"]),
+        (latest, "[[projection]]\nname = \"STG_cdc_t\"", &["projection STG_cdc_t", "store's own"]),
+        (latest, "[[projection]]\ntarget = \"srving\"\nname = \"a\"", &["srving", "did you mean serving?"]),
+        ("name = \"small\"", "name = \"small\"\nstaging = \"x\"", &["store x", "no [[store]] has that name"]),
+        (store, "[[store]]\nname = \"Temp\"", &["store Temp", "DuckDB has"]),
+        ("path = \"serving.duckdb\"", "path = \"./source.db\"", &["store serving", "./source.db", "source here"]),
+        ("path = \"serving.duckdb\"", "path = \"\"", &["store serving", "its path is empty"]),
+        (end, "[memory]\nlimit_mib = 0\n", &["memory.limit_mib", "it is 0", "at least 32"]),
+        (end, "[memory]\nlimit_mib = 99999999999999\n", &["memory.limit_mib", "at most"]),
+        (end, "[memory]\nthreads = 1000\n", &["memory.threads", "it is 1000", "at most 256"]),
+        (end, "[ingest]\nbatch_max_rows = 0\n", &["ingest.batch_max_rows", "it is 0", "at least 1"]),
+        (end, "[ingest]\nbatch_max_bytes = 0\n", &["ingest.batch_max_bytes", "it is 0"]),
+        (end, "[ingest]\npoll_interval_ms = 0\n", &["ingest.poll_interval_ms", "it is 0"]),
+        (end, "[project]\ninterval_ms = 0\n", &["project.interval_ms", "it is 0"]),
+        (end, "[retention]\nkeep_hours = -1.0\n", &["retention.keep_hours", "it is -1", "at least 0"]),
+        (end, "[retention]\nkeep_hours = nan\n", &["retention.keep_hours", "NaN"]),
+        (end, "[retention]\nkeep_hours = 1e300\n", &["retention.keep_hours", "at most"]),
+        (end, "[retention]\nevery_seconds = 0\n", &["retention.every_seconds", "it is 0"]),
+        ("busy_timeout_ms = 200", "snapshot_chunk_rows = 0", &["snapshot_chunk_rows", "it is 0", "at least 1"]),
+    ];
+    for (right, wrong, parts) in cases {
+        assert!(CONFIGURATION.contains(right), "{right}");
+        world.configure(&CONFIGURATION.replacen(right, wrong, 1));
+        for verb in VERBS {
+            world.shori(verb).tells(2, &[parts, &["shori.toml"]].concat());
+        }
+    }
+    world.configure(&CONFIGURATION.replace(end, "[memory]\nlimit_mib = 32\nthreads = 0\n"));
+    world.succeed(&["run", "--once"]);
+    world.verify();
+}
+
+#[test]
 fn a_projection_that_does_not_fit_its_kind_is_refused() {
     let mut world = small();
     let cases: [(&str, &str, &[&str]); 6] = [
