@@ -219,7 +219,7 @@ pub(crate) fn one_line(message: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
-const RAISE_MEMORY: &str = "raise memory_limit_mib";
+const RAISE_MEMORY: &str = "raise memory.limit_mib in the configuration";
 
 /// Whether the error tells that memory has run out.
 pub(crate) fn is_out_of_memory(error: &Error) -> bool {
