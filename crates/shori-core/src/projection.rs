@@ -83,14 +83,15 @@ pub struct HistoryProjection {
 }
 
 impl Projection {
-    /// A history that names no key columns takes the names that the table's have; others stay as they are. Transforms
-    /// and stores are given projections that name theirs.
+    /// A history that names no key columns takes the names that the table's have, as a history has them; others stay as
+    /// they are. Transforms and stores are given projections that name theirs.
     pub fn with_key_names(&self, key_of: impl Fn(&str) -> Vec<String>) -> Self {
         let mut named = self.clone();
-        if let Derivation::History(history) = &mut named.derivation
-            && history.key.is_empty()
-        {
-            history.key = key_of(&history.table);
+        if let Derivation::History(of) = &mut named.derivation {
+            if of.key.is_empty() {
+                of.key = key_of(&of.table);
+            }
+            of.key.iter_mut().for_each(|name| *name = history::published_name(name));
         }
         named
     }
@@ -164,6 +165,23 @@ pub mod history {
     pub const BATCH_ID: &str = "batch_id";
     pub const CREATED_AT: &str = "created_at";
     pub const UPDATED_AT: &str = "updated_at";
+
+    /// The name under which a history has the table's column `name`: those of its own columns are taken, in any case.
+    pub fn published_name(name: &str) -> String {
+        let own = [
+            VALID_FROM,
+            VALID_TO,
+            IS_CURRENT,
+            CDC_OPERATION,
+            CDC_TIMESTAMP,
+            SOURCE_LSN,
+            SURROGATE_KEY,
+            BATCH_ID,
+            CREATED_AT,
+            UPDATED_AT,
+        ];
+        if own.contains(&name.to_lowercase().as_str()) { format!("{name}__source") } else { name.to_string() }
+    }
 
     pub fn fields() -> Vec<Field> {
         let time = DataType::Timestamp(TimeUnit::Microsecond, None);

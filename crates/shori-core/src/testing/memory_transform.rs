@@ -302,7 +302,11 @@ fn history_key_fields(schema: &TableSchema, derivation: &HistoryProjection) -> V
 
 fn history_fields(schema: &TableSchema, derivation: &HistoryProjection) -> Fields {
     let mut fields = history_key_fields(schema, derivation);
-    fields.extend(tracked(schema).into_iter().map(|index| schema.columns.field(index).clone().with_nullable(true)));
+    fields.extend(tracked(schema).into_iter().map(|index| {
+        let field = schema.columns.field(index).clone().with_nullable(true);
+        let name = history::published_name(field.name());
+        field.with_name(name)
+    }));
     fields.extend(history::fields());
     fields.into()
 }

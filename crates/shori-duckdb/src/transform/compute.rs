@@ -148,8 +148,10 @@ impl Computation<'_> {
                     .map(|(&index, name)| format!("{alias}.{} as {}", table.name_of(index), quote_name(name))),
             )
         };
+        let published = |index: usize| quote_name(&history::published_name(table.columns[index].name()));
+        let tracked = query::tracked(table).into_iter();
         let tracked: String =
-            query::tracked(table).iter().map(|&index| format!("d.{}, ", table.name_of(index))).collect();
+            tracked.map(|index| format!("d.{} as {}, ", table.name_of(index), published(index))).collect();
         self.session.run(&format!(
             "create or replace temp table __ends as
              select {keys}, __boundary,

@@ -124,7 +124,11 @@ pub(super) fn tracked(table: &Table) -> Vec<usize> {
 pub(super) fn history_columns(table: &Table, key: &[String]) -> SchemaRef {
     let renamed = |(&index, name): (&usize, &String)| table.columns[index].as_ref().clone().with_name(name);
     let mut fields: Vec<Field> = table.key.iter().zip(key).map(renamed).collect();
-    fields.extend(tracked(table).into_iter().map(|index| carried(table, index).as_ref().clone()));
+    fields.extend(tracked(table).into_iter().map(|index| {
+        let field = carried(table, index);
+        let name = history::published_name(field.name());
+        field.as_ref().clone().with_name(name)
+    }));
     fields.extend(history::fields());
     Arc::new(Schema::new(fields))
 }

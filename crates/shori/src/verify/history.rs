@@ -2,7 +2,7 @@
 //! as many of them as rows were committed.
 
 use shori_core::Result;
-use shori_core::projection::history::{CDC_OPERATION, IS_CURRENT, SOURCE_LSN, VALID_FROM, VALID_TO};
+use shori_core::projection::history;
 
 use super::TableInput;
 use super::compare::{difference, label, same};
@@ -10,8 +10,26 @@ use super::report::{Finding, FindingKind, ProjectionReport};
 use super::scratch::{Scratch, quote_name};
 use super::source::Source;
 
+/// Names that a history's own columns take here, where the table may have columns of theirs.
+const VALID_FROM: &str = "__own_valid_from";
+const VALID_TO: &str = "__own_valid_to";
+const IS_CURRENT: &str = "__own_is_current";
+const CDC_OPERATION: &str = "__own_cdc_operation";
+const SOURCE_LSN: &str = "__own_source_lsn";
+
+const OWN: [(&str, &str); 5] = [
+    (history::VALID_FROM, VALID_FROM),
+    (history::VALID_TO, VALID_TO),
+    (history::IS_CURRENT, IS_CURRENT),
+    (history::CDC_OPERATION, CDC_OPERATION),
+    (history::SOURCE_LSN, SOURCE_LSN),
+];
+/// Those that are not looked at.
+const OTHERS: [&str; 5] =
+    [history::SURROGATE_KEY, history::CDC_TIMESTAMP, history::BATCH_ID, history::CREATED_AT, history::UPDATED_AT];
+
 /// Whether a version ended without another that continues it.
-const ENDED: &str = "valid_to is not null and valid_to is distinct from next_from";
+const ENDED: &str = "__own_valid_to is not null and __own_valid_to is distinct from next_from";
 
 pub(super) fn check(
     scratch: &Scratch,
@@ -25,7 +43,7 @@ pub(super) fn check(
     let live = format!("{schema}.{}", quote_name(&table.name));
     report.rows_expected = scratch.number(&format!("select count(*) from {live}"))?;
     report.rows_found = scratch.number(&format!("select count(*) from {found}"))?;
-    own_names_aside(scratch, table, &found, &report.projection)?;
+    own_names_aside(scratch, table, key, &found, &report.projection)?;
     if !has_columns(scratch, table, key, report)? {
         return Ok(());
     }
@@ -40,15 +58,29 @@ pub(super) fn check(
 }
 
 /// A source's column with the name of one of the store's own is published under another name; here it takes its own
-/// name again, in the place of the store's.
-fn own_names_aside(scratch: &Scratch, table: &TableInput, found: &str, projection: &str) -> Result<()> {
+/// name again, and the store's another.
+fn own_names_aside(scratch: &Scratch, table: &TableInput, key: &[String], found: &str, projection: &str) -> Result<()> {
     let names = scratch.columns("found", projection)?;
-    for column in &table.columns {
-        let published = format!("{}__source", column.name);
-        if names.iter().any(|(name, _)| *name == published) {
-            let (own, published) = (quote_name(&column.name), quote_name(&published));
-            scratch.execute(&format!("alter table {found} drop column {own}"))?;
-            scratch.execute(&format!("alter table {found} rename column {published} to {own}"))?;
+    let has = |wanted: &str| names.iter().any(|(name, _)| name == wanted);
+    let rename = |from: &str, to: &str| {
+        let (from, to) = (quote_name(from), quote_name(to));
+        scratch.execute(&format!("alter table {found} rename column {from} to {to}"))
+    };
+    for (own, aside) in OWN.into_iter().filter(|(own, _)| has(own)) {
+        rename(own, aside)?;
+    }
+    let is_own = |name: &str| {
+        let name = name.to_lowercase();
+        OWN.iter().any(|(own, _)| *own == name) || OTHERS.contains(&name.as_str())
+    };
+    let mut wanted: Vec<&String> = table.columns.iter().map(|column| &column.name).chain(key).collect();
+    wanted.sort();
+    wanted.dedup();
+    for name in wanted.into_iter().filter(|name| is_own(name)) {
+        let published = format!("{name}__source");
+        if has(&published) {
+            scratch.execute(&format!("alter table {found} drop column if exists {}", quote_name(name)))?;
+            rename(&published, name)?;
         }
     }
     Ok(())
@@ -57,11 +89,12 @@ fn own_names_aside(scratch: &Scratch, table: &TableInput, found: &str, projectio
 fn has_columns(scratch: &Scratch, table: &TableInput, key: &[String], report: &mut ProjectionReport) -> Result<bool> {
     let found = scratch.columns("found", &report.projection)?;
     let tracked = table.columns.iter().map(|column| &column.name).filter(|name| !table.key.contains(name));
-    let own = [VALID_FROM, VALID_TO, IS_CURRENT, CDC_OPERATION, SOURCE_LSN];
-    let wanted = key.iter().chain(tracked).map(String::as_str).chain(own);
+    let same = |name: &String| (name.clone(), name.clone());
+    let own = OWN.map(|(name, aside)| (name.to_string(), aside.to_string()));
+    let wanted = key.iter().chain(tracked).map(same).chain(own);
     let missing: Vec<_> = wanted
-        .filter(|name| found.iter().all(|(found, _)| found != name))
-        .map(|name| format!("{name} is missing"))
+        .filter(|(_, here)| found.iter().all(|(found, _)| found != here))
+        .map(|(name, _)| format!("{name} is missing"))
         .collect();
     let complete = missing.is_empty();
     if !complete {
@@ -88,7 +121,9 @@ fn current_rows(table: &TableInput, key: &[String], found: &str, live: &str) -> 
         ),
     ];
     let tracked = table.columns.iter().filter(|column| !table.key.contains(&column.name));
-    let differences: Vec<_> = tracked.map(|column| difference(&column.name, 0)).collect();
+    // A source's column of this name is compared as any other, not as the engine's; DuckDB knows it in any case.
+    let plain = |name: &str| if name == history::SOURCE_LSN { name.to_uppercase() } else { name.to_string() };
+    let differences: Vec<_> = tracked.map(|column| difference(&plain(&column.name), 0)).collect();
     if !differences.is_empty() {
         let conditions = differences.iter().map(|one| one.condition.as_str()).collect::<Vec<_>>().join(" or ");
         let texts = differences.iter().map(|one| one.text.as_str()).collect::<Vec<_>>().join(", ");

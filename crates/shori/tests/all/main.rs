@@ -10,6 +10,7 @@ mod harness;
 mod mistakes;
 mod mistakes_files;
 mod mistakes_sql;
+mod own_names;
 mod projections;
 mod small;
 mod spec4;
