@@ -35,7 +35,7 @@ use crate::config::Loaded;
 #[command(name = "shori", version, arg_required_else_help = true, after_help = "Start with: shori demo")]
 struct Cli {
     /// How much to tell on stderr: error, warn, info, debug; finer: shori_core=debug
-    #[arg(long, global = true, env = "LOG_LEVEL", default_value = "warn", hide_env_values = true)]
+    #[arg(long, global = true, env = "LOG_LEVEL", default_value = "warn", hide_env_values = true, value_parser = log_level)]
     log_level: String,
     #[command(subcommand)]
     verb: Verb,
@@ -70,6 +70,20 @@ enum Verb {
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  shori completions bash > /etc/bash_completion.d/shori")]
     Completions { shell: clap_complete::Shell },
+}
+
+/// The filter itself takes any word, as the name of a module.
+fn log_level(text: &str) -> std::result::Result<String, String> {
+    if text.is_empty() {
+        return Ok("warn".into());
+    }
+    for part in text.split(',') {
+        let level = part.rsplit('=').next().unwrap_or(part).trim();
+        if level.parse::<tracing_subscriber::filter::LevelFilter>().is_err() {
+            return Err(format!("{level:?} is no level: give error, warn, info, debug, trace or off"));
+        }
+    }
+    tracing_subscriber::EnvFilter::try_new(text).map(|_| text.to_string()).map_err(|cause| cause.to_string())
 }
 
 /// Which pipeline a verb is about.

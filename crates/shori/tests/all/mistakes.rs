@@ -108,7 +108,15 @@ fn a_projection_that_does_not_fit_its_kind_is_refused() {
 #[test]
 fn wrong_usage_is_status_2() {
     let world = small();
-    for words in [&["rn"][..], &["run", "--onc"], &["demo", "--changes", "many"], &["query"]] {
+    let words = [
+        &["rn"][..],
+        &["run", "--onc"],
+        &["demo", "--changes", "many"],
+        &["query"],
+        &["--log-level", "bogus", "status"],
+        &["--log-level", "shori_core=bogus", "status"],
+    ];
+    for words in words {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_shori"));
         command.args(words).current_dir(world.folder.path());
         let done = run(command);
