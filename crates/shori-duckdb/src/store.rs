@@ -32,7 +32,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::Database;
 pub use layout::is_reserved_table;
-pub use query::{ANSWER_ROWS_MAX, Answer, too_many};
+pub use query::{ANSWER_ROWS_MAX, Answer, reading_statement, too_many};
 use session::{Session, Sessions, now, text, time};
 pub use target::ProjectionStatus;
 

@@ -140,8 +140,8 @@ fn run(
     Ok(())
 }
 
-/// The statement without the semicolon that ends it.
-fn reading_statement(sql: &str) -> Result<&str> {
+/// A question without the semicolon that ends it; refuses what is not one reading statement.
+pub fn reading_statement(sql: &str) -> Result<&str> {
     let refuse = |cause: &str| Err(Error::new(ErrorKind::Usage, "answer", "the question", cause));
     let statement = sql.trim();
     let statement = statement.strip_suffix(';').unwrap_or(statement).trim_end();

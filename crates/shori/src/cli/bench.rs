@@ -52,7 +52,7 @@ impl Bench {
         if json {
             super::print_json(&report)?;
         } else {
-            print!("{report}");
+            super::print(&report)?;
         }
         Ok(ExitCode::from(u8::from(!report.is_complete())))
     }

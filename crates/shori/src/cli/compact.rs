@@ -29,7 +29,7 @@ impl Compact {
         if self.json {
             super::print_json(&serde_json::json!({ "rows_removed": gone }))?;
         } else {
-            println!("{gone} rows removed from the log");
+            super::print(format_args!("{gone} rows removed from the log\n"))?;
         }
         Ok(ExitCode::SUCCESS)
     }

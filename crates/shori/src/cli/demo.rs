@@ -127,7 +127,7 @@ impl Demo {
         if self.json {
             super::print_json(&outcome)?;
         } else {
-            tell(&self.dir, &outcome);
+            tell(&self.dir, &outcome)?;
         }
         if !ok {
             eprintln!("{report}");
@@ -225,16 +225,16 @@ pub fn rss_peak_mb() -> f64 {
     kib.unwrap_or(0.0) * 1024.0 / 1e6
 }
 
-fn tell(directory: &std::path::Path, outcome: &Outcome) {
+fn tell(directory: &std::path::Path, outcome: &Outcome) -> Result<()> {
     let Percentiles { p50, p95, p99 } = outcome.freshness_ms;
-    println!(
-        "{} changes generated, {} captured, {} projected in {:.1} s ({:.0} changes/s)",
+    super::print(format_args!(
+        "{} changes generated, {} captured, {} projected in {:.1} s ({:.0} changes/s)\n",
         outcome.generated, outcome.captured, outcome.projected, outcome.seconds, outcome.changes_per_second
-    );
-    println!("source commit to projected: p50 {p50:.0} ms, p95 {p95:.0} ms, p99 {p99:.0} ms");
-    println!("compared with the source: {} lost, {} duplicated", outcome.lost, outcome.duplicated);
-    println!(
-        "\nLook around:\n  shori query --dir {0} \"select * from proj_orders_kpi_by_minute_segment order by minute_bucket desc limit 5\"\n  shori verify --dir {0}",
+    ))?;
+    super::print(format_args!("source commit to projected: p50 {p50:.0} ms, p95 {p95:.0} ms, p99 {p99:.0} ms\n"))?;
+    super::print(format_args!("compared with the source: {} lost, {} duplicated\n", outcome.lost, outcome.duplicated))?;
+    super::print(format_args!(
+        "\nLook around:\n  shori query --dir {0} \"select * from proj_orders_kpi_by_minute_segment order by minute_bucket desc limit 5\"\n  shori verify --dir {0}\n",
         directory.display()
-    );
+    ))
 }

@@ -69,7 +69,7 @@ impl Generate {
         if self.json {
             super::print_json(&generated)?;
         } else {
-            println!("{generated}");
+            super::print(format_args!("{generated}\n"))?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -1,7 +1,8 @@
 //! The command line: one file a verb.
 //!
 //! Exit status 0: done; 1: failed; 2: the command line or the configuration is wrong. Errors go to stderr as one line
-//! that names the object, the cause and the remedy; what a verb prints for programs (`--json`) goes to stdout alone.
+//! that names the object, the cause and the remedy; what a verb prints for programs (`--json`) goes to stdout alone. Who
+//! closes stdout (`| head`) has read enough: that is no failure.
 
 mod bench;
 mod check;
@@ -10,6 +11,7 @@ mod demo;
 mod generate;
 mod init;
 mod lines;
+mod printed;
 mod query;
 mod reach;
 mod rebuild;
@@ -29,6 +31,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::config::Loaded;
+pub use printed::{print, print_json};
 
 /// From a committed change to fresh analytics in seconds.
 #[derive(Parser)]
@@ -124,6 +127,7 @@ pub fn main() -> ExitCode {
     log.with_ansi(std::io::stderr().is_terminal()).init();
     match crate::failpoints::arm_from_environment().and_then(|()| act(cli.verb)) {
         Ok(status) => status,
+        Err(error) if printed::reader_is_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(if error.kind() == ErrorKind::Usage { 2 } else { 1 })
@@ -146,7 +150,10 @@ fn act(verb: Verb) -> Result<ExitCode> {
         Verb::Bench(verb) => verb.act(),
         Verb::Query(verb) => verb.act(),
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "shori", &mut std::io::stdout());
+            // Into memory first: what it writes to must not fail.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "shori", &mut script);
+            print(String::from_utf8_lossy(&script))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -157,12 +164,4 @@ pub fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|cause| Error::new(ErrorKind::Internal, "start", "the async runtime", cause))?;
     runtime.block_on(work)
-}
-
-/// One line of JSON on stdout.
-pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string(value)
-        .map_err(|cause| Error::new(ErrorKind::Internal, "print", "the result as JSON", cause))?;
-    println!("{text}");
-    Ok(())
 }

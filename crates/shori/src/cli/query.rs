@@ -1,15 +1,19 @@
 //! `shori query`
 
+use std::borrow::Cow;
 use std::io::{BufWriter, Write};
 use std::process::ExitCode;
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::util::pretty::pretty_format_batches;
 use clap::Args;
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::Result;
+use shori_duckdb::store::reading_statement;
 
 use super::Which;
+use super::printed::unprinted;
 use super::reach::Reach;
+use super::status::rows;
 
 /// Run a query over a store, also while the pipeline runs. Reads only.
 #[derive(Args)]
@@ -34,29 +38,84 @@ impl Query {
         let loaded = self.which.load()?;
         let reach = Reach::new(&loaded)?;
         let store = self.store.as_deref();
+        // Asked within a statement of ours, it would be refused less clearly.
+        let question = reading_statement(&self.sql)?;
         if self.json {
             // DuckDB itself knows best how its values read as JSON.
-            let inner = self.sql.trim().trim_end_matches(';');
-            let sql = format!("select to_json(q)::varchar as line from ({inner}) as q");
+            let sql = format!("select to_json(q)::varchar as line from (\n{question}\n) as q");
             let mut out = BufWriter::new(std::io::stdout().lock());
             reach.scan(&loaded, store, &sql, &mut |batch| print_lines(&batch, &mut out))?;
             out.flush().map_err(unprinted)?;
         } else {
+            // As text made by DuckDB, which has types and values that nothing else can show.
+            let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
+            let sql = as_text(question, &rows(&described));
             // A column is as wide as its widest value: all of them must be known before the first line.
-            let batches = reach.query(&loaded, store, &self.sql)?;
-            println!("{}", pretty_format_batches(&batches)?);
+            let batches = reach.query(&loaded, store, &sql)?;
+            super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
+/// The question with its columns, as `describe` names them, made text. They are called by place, since two may have one
+/// name.
+fn as_text(question: &str, described: &[Vec<Option<String>>]) -> String {
+    let text = |column: &Option<String>| column.clone().unwrap_or_default();
+    let places: Vec<_> = (0..described.len()).map(|place| format!("c{place}")).collect();
+    let shown: Vec<_> = (described.iter().zip(&places))
+        .map(|(column, place)| {
+            let shown = match column.get(1).map(text).as_deref() {
+                Some("BLOB") => format!("lower(hex({place}))"),
+                _ => format!("{place}::varchar"),
+            };
+            let name = column.first().map(text).unwrap_or_default().replace('"', "\"\"");
+            format!("{shown} as \"{name}\"")
+        })
+        .collect();
+    format!("select {} from (\n{question}\n) as q({})", shown.join(", "), places.join(", "))
+}
+
 fn print_lines(batch: &RecordBatch, out: &mut impl Write) -> Result<()> {
     for line in batch.column(0).as_string::<i32>().iter().flatten() {
-        writeln!(out, "{line}").map_err(unprinted)?;
+        writeln!(out, "{}", without_infinities(line)).map_err(unprinted)?;
     }
     Ok(())
 }
 
-fn unprinted(cause: std::io::Error) -> Error {
-    Error::new(ErrorKind::Refused, "print", "the answer", cause)
+/// DuckDB writes floating-point values that are no numbers as they are, which no reader of JSON takes: null stands for
+/// them.
+fn without_infinities(line: &str) -> Cow<'_, str> {
+    const NO_NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+    if !NO_NUMBERS.iter().any(|word| line.contains(word)) {
+        return Cow::Borrowed(line);
+    }
+    let (mut kept, mut rest, mut in_text) = (String::with_capacity(line.len()), line, false);
+    while let Some(letter) = rest.chars().next() {
+        let word = NO_NUMBERS.iter().find(|word| !in_text && rest.starts_with(**word));
+        let taken = match (word, letter) {
+            (Some(word), _) => word.len(),
+            // What follows ends no text.
+            (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            _ => letter.len_utf8(),
+        };
+        in_text ^= letter == '"';
+        let (head, tail) = rest.split_at(taken);
+        kept.push_str(if word.is_some() { "null" } else { head });
+        rest = tail;
+    }
+    Cow::Owned(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_is_null_outside_text_only() {
+        let line = r#"{"a":Infinity,"b":[-Infinity,NaN],"NaN":"a \"NaN\" Infinity","ü":"\\","c":NaN}"#;
+        let kept = r#"{"a":null,"b":[null,null],"NaN":"a \"NaN\" Infinity","ü":"\\","c":null}"#;
+        assert_eq!(without_infinities(line), kept);
+        assert_eq!(without_infinities(kept), kept);
+    }
 }

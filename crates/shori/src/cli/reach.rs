@@ -10,7 +10,7 @@ use shori_duckdb::store::DuckdbStore;
 
 use super::run;
 use crate::assemble::{self, Opened};
-use crate::config::Loaded;
+use crate::config::{Loaded, ProjectionConfig};
 use crate::control::{Client, Request};
 
 pub enum Reach {
@@ -28,6 +28,22 @@ impl Reach {
 
     pub fn is_running(&self) -> bool {
         matches!(self, Reach::Running(_))
+    }
+
+    /// Whether a pipeline has ever made its tables in a store.
+    pub fn has_run(&self, loaded: &Loaded, store: &str) -> Result<bool> {
+        let made = "select name from (show tables) where name = 'ctl_ingestion_watermarks'";
+        Ok(self.query(loaded, Some(store), made)?.iter().any(|batch| batch.num_rows() > 0))
+    }
+
+    /// Refuses a pipeline that has nothing to tell yet.
+    pub fn must_have_run(&self, loaded: &Loaded) -> Result<()> {
+        if self.has_run(loaded, &loaded.staging()?.name)? {
+            return Ok(());
+        }
+        let object = format!("pipeline {}", loaded.config.pipeline.name);
+        Err(Error::new(ErrorKind::Unavailable, "look at", object, "it has not run yet")
+            .with_remedy("start it: shori run"))
     }
 
     /// The answer to a query for few rows.
@@ -68,6 +84,11 @@ impl Reach {
             Reach::Files(opened) => super::block_on(request_once(loaded, &opened, request)),
         }
     }
+}
+
+/// The store that a projection is kept in.
+pub fn target<'a>(loaded: &'a Loaded, projection: &'a ProjectionConfig) -> Result<&'a str> {
+    store_name(loaded, projection.target.as_deref())
 }
 
 fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {

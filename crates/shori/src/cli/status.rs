@@ -1,5 +1,6 @@
 //! `shori status`
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -47,6 +48,8 @@ pub struct CaptureStatus {
     pub last_ingested_lsn: Option<String>,
     /// Changes in the source's log above the watermark, over all tables; null if the source cannot be read.
     pub changes_waiting: Option<u64>,
+    /// Row images that did not fit their column's type, and are in no projection.
+    pub rejected: u64,
     pub failed: Option<String>,
 }
 
@@ -70,11 +73,9 @@ impl Status {
             if self.json {
                 super::print_json(&status)?;
             } else {
-                if self.watch {
-                    // Clears the terminal and goes to its top left.
-                    print!("\x1b[2J\x1b[H");
-                }
-                print(&status);
+                // Clears the terminal and goes to its top left.
+                let clear = if self.watch && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
+                super::print(format_args!("{clear}{}", shown(&status)))?;
             }
             if !self.watch {
                 let failed = status.captures.iter().any(|capture| capture.failed.is_some())
@@ -91,8 +92,14 @@ select
     source_name,
     capture_instance,
     lower(hex(last_ingested_lsn)),
-    failed_reason
-from ctl_ingestion_watermarks
+    failed_reason,
+    (
+        select cast(count(*) as varchar)
+        from ctl_rejected_changes as rejected
+        where rejected.source_name = marks.source_name
+            and rejected.capture_instance = marks.capture_instance
+    )
+from ctl_ingestion_watermarks as marks
 order by source_name, capture_instance";
 
 const PROJECTIONS: &str = "
@@ -108,34 +115,52 @@ order by projection_name";
 
 pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
     let reach = Reach::new(loaded)?;
+    reach.must_have_run(loaded)?;
     let mut captures = Vec::new();
     for row in rows(&reach.query(loaded, None, CAPTURES)?) {
-        let [source, capture, lsn, failed] = take(row);
+        let [source, capture, lsn, failed, rejected] = take(row);
         captures.push(CaptureStatus {
             changes_waiting: waiting(loaded, source.as_deref(), lsn.as_deref()),
             source: source.unwrap_or_default(),
             capture: capture.unwrap_or_default(),
             last_ingested_lsn: lsn.filter(|lsn| !lsn.is_empty()),
+            rejected: rejected.and_then(|count| count.parse().ok()).unwrap_or(0),
             failed,
         });
     }
     let mut projections = Vec::new();
     for store in &loaded.config.stores {
+        if !reach.has_run(loaded, &store.name)? {
+            continue;
+        }
         for row in rows(&reach.query(loaded, Some(&store.name), PROJECTIONS)?) {
-            let [projection, status, as_of_lsn, as_of_time, micros, last_error] = take(row);
-            let micros = micros.and_then(|text| text.parse::<i64>().ok());
-            projections.push(ProjectionStatus {
-                projection: projection.unwrap_or_default(),
-                status: status.unwrap_or_default(),
-                as_of_lsn: as_of_lsn.filter(|lsn| !lsn.is_empty()),
-                as_of_time,
-                age_seconds: micros.map(|micros| (now() - micros) as f64 / 1e6),
-                last_error,
-            });
+            projections.extend(projection(loaded, &store.name, row));
         }
     }
+    projections.sort_by(|one, other| one.projection.cmp(&other.projection));
     let pipeline = loaded.config.pipeline.name.clone();
     Ok(PipelineStatus { pipeline, running: reach.is_running(), captures, projections })
+}
+
+/// What a store says of a projection. One that was taken out of the configuration, or given another store, leaves rows
+/// behind that say nothing about the pipeline.
+fn projection(loaded: &Loaded, store: &str, row: Vec<Option<String>>) -> Option<ProjectionStatus> {
+    let [name, status, as_of_lsn, as_of_time, micros, last_error] = take(row);
+    let name = name.unwrap_or_default();
+    let configured = loaded.config.projections.iter().find(|projection| projection.name == name)?;
+    if super::reach::target(loaded, configured).ok()? != store {
+        return None;
+    }
+    // Nothing has been built as of the beginning of time.
+    let micros = micros.and_then(|text| text.parse::<i64>().ok()).filter(|micros| *micros > 0);
+    Some(ProjectionStatus {
+        projection: name,
+        status: if configured.enabled { status.unwrap_or_default() } else { "OFF".into() },
+        as_of_lsn: as_of_lsn.filter(|lsn| !lsn.is_empty()),
+        as_of_time: as_of_time.filter(|_| micros.is_some()),
+        age_seconds: micros.map(|micros| (now() - micros) as f64 / 1e6),
+        last_error: last_error.filter(|_| configured.enabled),
+    })
 }
 
 fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> Option<u64> {
@@ -166,24 +191,33 @@ fn take<const N: usize>(row: Vec<Option<String>>) -> [Option<String>; N] {
     std::array::from_fn(|_| row.next().flatten())
 }
 
-fn print(status: &PipelineStatus) {
-    println!("pipeline {} {}", status.pipeline, if status.running { "is running" } else { "is not running" });
-    println!("\n{:<32} {:>18} {:>12}", "capture", "ingested lsn", "waiting");
+fn shown(status: &PipelineStatus) -> String {
+    let mut lines = Vec::new();
+    lines.push(format!(
+        "pipeline {} {}",
+        status.pipeline,
+        if status.running { "is running" } else { "is not running" }
+    ));
+    lines.push(format!("\n{:<32} {:>18} {:>12}", "capture", "ingested lsn", "waiting"));
     for capture in &status.captures {
         let name = format!("{}/{}", capture.source, capture.capture);
         let waiting = capture.changes_waiting.map_or("?".to_string(), |count| count.to_string());
-        println!("{name:<32} {:>18} {waiting:>12}", capture.last_ingested_lsn.as_deref().unwrap_or("-"));
+        lines.push(format!("{name:<32} {:>18} {waiting:>12}", capture.last_ingested_lsn.as_deref().unwrap_or("-")));
         if let Some(failed) = &capture.failed {
-            println!("  stands still: {failed}");
+            lines.push(format!("  stands still: {failed}"));
+        }
+        if capture.rejected > 0 {
+            lines.push(format!("  rejected: {} rows, see ctl_rejected_changes", capture.rejected));
         }
     }
-    println!("\n{:<40} {:<6} {:<28} {:>10}", "projection", "status", "as of", "age s");
+    lines.push(format!("\n{:<40} {:<6} {:<28} {:>10}", "projection", "status", "as of", "age s"));
     for projection in &status.projections {
         let age = projection.age_seconds.map_or("-".to_string(), |age| format!("{age:.1}"));
         let as_of = projection.as_of_time.as_deref().unwrap_or("-");
-        println!("{:<40} {:<6} {as_of:<28} {age:>10}", projection.projection, projection.status);
+        lines.push(format!("{:<40} {:<6} {as_of:<28} {age:>10}", projection.projection, projection.status));
         if let Some(error) = &projection.last_error {
-            println!("  {error}");
+            lines.push(format!("  {error}"));
         }
     }
+    lines.join("\n") + "\n"
 }

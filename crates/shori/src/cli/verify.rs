@@ -36,7 +36,7 @@ impl Verify {
         if self.json {
             super::print_json(&report)?;
         } else {
-            println!("{report}");
+            super::print(format_args!("{report}\n"))?;
         }
         Ok(ExitCode::from(u8::from(!report.ok())))
     }
@@ -59,6 +59,7 @@ impl Serving for Served<'_> {
 
 pub fn verify(loaded: &Loaded) -> Result<Report> {
     let reach = Reach::new(loaded)?;
+    reach.must_have_run(loaded)?;
     let input = input(loaded, reach.is_running())?;
     match &reach {
         // A connection reads part by part, in memory that does not grow with the rows.
