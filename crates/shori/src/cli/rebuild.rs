@@ -7,6 +7,7 @@ use shori_core::Result;
 
 use super::Which;
 use super::reach::Reach;
+use crate::config::{Loaded, nearest};
 use crate::control::Request;
 
 /// Build a projection anew from the log, while everything else goes on.
@@ -24,8 +25,18 @@ pub struct Rebuild {
 impl Rebuild {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
+        self.must_be_configured(&loaded)?;
         Reach::new(&loaded)?.request(&loaded, Request::Rebuild { projection: self.projection.clone() })?;
         eprintln!("{} is built anew", self.projection);
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn must_be_configured(&self, loaded: &Loaded) -> Result<()> {
+        let known = || loaded.config.projections.iter().map(|projection| projection.name.as_str());
+        if known().any(|name| name == self.projection) {
+            return Ok(());
+        }
+        let cause = format!("no [[projection]] has that name{}", nearest(&self.projection, known()));
+        Err(loaded.wrong(&format!("projection {}", self.projection), &cause))
     }
 }

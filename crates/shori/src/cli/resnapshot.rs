@@ -7,6 +7,7 @@ use shori_core::Result;
 
 use super::Which;
 use super::reach::Reach;
+use crate::config::{Loaded, nearest};
 use crate::control::Request;
 
 /// Read a table of the source anew, while everything else goes on.
@@ -27,11 +28,21 @@ pub struct Resnapshot {
 impl Resnapshot {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
+        self.must_be_configured(&loaded)?;
         let reach = Reach::new(&loaded)?;
         let running = reach.is_running();
         reach.request(&loaded, Request::Resnapshot { table: self.table.clone(), retyped: self.retyped })?;
         let state = if running { "is being read anew" } else { "has been read anew" };
         eprintln!("table {} {state}", self.table);
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn must_be_configured(&self, loaded: &Loaded) -> Result<()> {
+        let known = || loaded.config.sources.iter().flat_map(|source| source.tables.keys()).map(String::as_str);
+        if known().any(|name| name.eq_ignore_ascii_case(&self.table)) {
+            return Ok(());
+        }
+        let cause = format!("no [source.tables] has that name{}", nearest(&self.table, known()));
+        Err(loaded.wrong(&format!("table {}", self.table), &cause))
     }
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use crate::harness::World;
-use crate::small::{CONFIGURATION, small};
+use crate::small::{CONFIGURATION, FILES, SOURCE, small};
 
 /// Reads a line and closes the pipe.
 #[track_caller]
@@ -114,4 +114,11 @@ fn status_tells_of_rejected_rows_and_of_what_is_configured_only() {
     let status = world.succeed(&["status", "--json"]).json();
     let names = status["projections"].as_array().unwrap().iter().map(|one| one["projection"].as_str().unwrap());
     assert_eq!(names.collect::<Vec<_>>(), ["amount_by_name", "others_latest", "things_history", "things_latest"]);
+}
+
+#[test]
+fn an_unknown_name_is_told_with_the_nearest_one() {
+    let world = World::configured(CONFIGURATION, &FILES, SOURCE);
+    world.shori(&["rebuild", "others_lates"]).tells(2, &["projection others_lates", "did you mean others_latest?"]);
+    world.shori(&["resnapshot", "thing"]).tells(2, &["table thing", "did you mean things?"]);
 }
