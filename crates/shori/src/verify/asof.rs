@@ -3,6 +3,8 @@
 //! The copies hold the tables at one moment. For a later one, the images since take their rows' place. For an earlier one,
 //! rows touched between are put back to their last image before; where that is no longer kept, an insert or a
 //! key update tells that there was no row, and a deletion which row there was.
+//!
+//! A row image that cannot be carried is as if it had not been: the row stays what it was carried as last.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +13,7 @@ use shori_core::Result;
 use super::scratch::{Scratch, quote_name};
 use super::serving::Checkpoint;
 use super::source::catch_up_first;
+use super::values::WHOLE;
 use super::{TableInput, VerifyInput};
 
 /// The column of every table that tells the last change of a row, as far as that is known: else null.
@@ -59,8 +62,15 @@ impl<'a> AsOf<'a> {
                 return Err(catch_up_first(&table.name));
             }
         }
+        self.scratch.execute(&uncarried(&moved, &name, &key, &columns, id))?;
+        let unknown = format!("{schema}.{}", quote_name(&unknown(&table.name)));
         self.scratch.execute(&format!(
             "
+            create table {unknown} as
+            select distinct {key}
+            from misfits.{name}
+            anti join {moved} using ({key});
+
             create table {last} as
             select {key}, unhex(printf('%016x', max(change_id))) as {LSN}
             from touched.{name}
@@ -85,6 +95,29 @@ impl<'a> AsOf<'a> {
     }
 }
 
+/// The table of those keys whose row cannot be carried, and of which it is not known what was carried last, if anything.
+pub(super) fn unknown(table: &str) -> String {
+    format!("{table} unknown")
+}
+
+/// Every key whose row cannot be carried, as it was carried last up to `id`, or else as the first update found it.
+fn uncarried(moved: &str, name: &str, key: &str, columns: &str, id: u64) -> String {
+    format!(
+        "
+        insert into {moved} by name
+        with known as (
+            select *, change_op <> 8 as is_carried, if(change_op = 8, -change_id, change_id) as rank
+            from (from touched.{name} where change_id <= {id} union all by name from before.{name})
+            semi join misfits.{name} using ({key})
+            anti join {moved} using ({key})
+        )
+        select {columns}, change_op <> 1 and change_op <> 3 as stands
+        from known
+        qualify row_number() over (partition by {key} order by is_carried desc, rank desc) = 1
+        "
+    )
+}
+
 /// The last image of every key between.
 fn forward(moved: &str, name: &str, key: &str, columns: &str, head: u64, id: u64) -> String {
     format!(
@@ -107,7 +140,13 @@ fn back(moved: &str, name: &str, key: &str, table: &TableInput, head: u64, id: u
         .map(|column| match table.key.iter().any(|part| quote_name(part) == column) {
             true => column,
             false => {
-                format!("case when before.change_op is null then after.{column} else before.{column} end as {column}")
+                format!(
+                    "case
+                        when before.change_op is not null then before.{column}
+                        when earlier.change_op is not null then earlier.{column}
+                        else after.{column}
+                    end as {column}"
+                )
             }
         })
         .collect::<Vec<_>>()
@@ -128,16 +167,25 @@ fn back(moved: &str, name: &str, key: &str, table: &TableInput, head: u64, id: u
             from touched.{name}
             where change_id <= {id}
             qualify row_number() over (partition by {key} order by change_id desc) = 1
+        ),
+        earlier as (
+            select found.*
+            from before.{name} as found
+            join after using ({key})
+            where found.change_id < after.change_id
+            qualify row_number() over (partition by {key} order by found.change_id) = 1
         )
         select
             {values},
             case
                 when before.change_op is not null then before.change_op in (2, 4)
+                when earlier.change_op is not null then true
                 when after.change_op = 2 or after.by_key_update then false
-                when after.change_op in (1, 3) then true
+                when after.change_op in (1, 3) then after.{WHOLE}
             end as stands
         from after
         left join before using ({key})
+        left join earlier using ({key})
         "
     )
 }

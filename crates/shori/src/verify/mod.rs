@@ -30,7 +30,7 @@ pub use report::{EXAMPLES_MAX, Finding, FindingKind, ProjectionReport, Report};
 pub use serving::Serving;
 
 use asof::AsOf;
-use scratch::Scratch;
+use scratch::{Scratch, quote_name};
 use source::Source;
 
 /// What is verified, in plain words: nothing here depends on the engine.
@@ -147,7 +147,9 @@ pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> 
             findings: Vec::new(),
             notes: Vec::new(),
         };
+        let compared = uncarried(&scratch, &schema, input, projection, &source, &mut report)?;
         match &projection.derivation {
+            _ if !compared => {}
             DerivationInput::Sql { text, key, hidden, .. } => {
                 compare::sql(&scratch, &schema, text, key, hidden, &mut report)?;
             }
@@ -163,4 +165,46 @@ pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> 
         projections.push(report);
     }
     Ok(Report { projections })
+}
+
+/// Tells of rows that cannot be carried, and puts aside those of which nothing is known. Returns whether the rest can be
+/// compared: not where rows are added up of which some are not known.
+fn uncarried(
+    scratch: &Scratch,
+    schema: &str,
+    input: &VerifyInput,
+    projection: &ProjectionInput,
+    source: &Source,
+    report: &mut ProjectionReport,
+) -> Result<bool> {
+    for name in projection.tables() {
+        let misfits = source.misfits(name);
+        if misfits == 0 {
+            continue;
+        }
+        report.notes.push(format!(
+            "{misfits} rows of table {name} cannot be carried and are left out; see ctl_rejected_changes"
+        ));
+        let unknown = format!("{schema}.{}", quote_name(&asof::unknown(name)));
+        let count = scratch.number(&format!("select count(*) from {unknown}"))?;
+        if count == 0 || !source.is_pruned(name) {
+            continue;
+        }
+        let table = input.table(name)?;
+        let key = match &projection.derivation {
+            DerivationInput::Sql { .. } => {
+                report.notes.push(format!("not compared: how {count} of them were carried last is no longer kept"));
+                return Ok(false);
+            }
+            DerivationInput::History { key, .. } if !key.is_empty() => key,
+            _ => &table.key,
+        };
+        let pairs = key.iter().zip(&table.key).map(|(found, own)| (found.as_str(), own.as_str()));
+        scratch.execute(&format!(
+            "delete from found.{} as f where exists (from {unknown} as u where {})",
+            quote_name(&projection.name),
+            compare::same(pairs, "f", "u")
+        ))?;
+    }
+    Ok(true)
 }

@@ -41,6 +41,8 @@ impl Scratch {
                 set preserve_insertion_order = false;
                 create schema base;
                 create schema touched;
+                create schema before;
+                create schema misfits;
                 create schema found;
                 create schema expected;
                 ",

@@ -39,6 +39,8 @@ pub(super) struct Source {
     /// The newest change when the tables were read.
     pub head: u64,
     captures: BTreeMap<String, Capture>,
+    /// Rows of each table with a value that does not fit its column: what is told of them.
+    misfits: BTreeMap<String, u64>,
 }
 
 /// Row images that were committed up to a checkpoint, as the writer counted them.
@@ -59,13 +61,13 @@ impl Source {
         let mut connection = open(&input.source)?;
         let reading = connection.transaction().map_err(fail("read", "the source"))?;
         let head = read_head(&reading)?;
-        let mut captures = BTreeMap::new();
+        let (mut captures, mut misfits) = (BTreeMap::new(), BTreeMap::new());
         for table in used_tables(input)? {
             captures.insert(table.name.clone(), read_capture(&reading, table)?);
-            load_table(&reading, scratch, table)?;
+            misfits.insert(table.name.clone(), load_table(&reading, scratch, table)?);
         }
         reading.finish().map_err(fail("read", "the source"))?;
-        Ok(Self { connection, head, captures })
+        Ok(Self { connection, head, captures, misfits })
     }
 
     /// Copies the change rows of every table to `touched`. Fails when some that a checkpoint needs are no longer kept.
@@ -84,10 +86,29 @@ impl Source {
             if oldest < newest && capture.pruned_to > oldest || lacks_changes(&reading, &capture, oldest, newest)? {
                 return Err(catch_up_first(&table.name));
             }
-            load_images(&reading, scratch, table, &capture)?;
+            let rejected = load_images(&reading, scratch, "touched", table, &capture)?;
+            // What stood before an image that was rejected is what is still shown.
+            if rejected > 0 || self.misfits.get(&table.name).is_some_and(|misfits| *misfits > 0) {
+                load_images(&reading, scratch, "before", table, &capture)?;
+            } else {
+                scratch.execute(&format!(
+                    "create table before.{0} as from touched.{0} limit 0",
+                    quote_name(&table.name)
+                ))?;
+            }
             self.captures.insert(table.name.clone(), capture);
         }
         reading.finish().map_err(fail("read", "the change table"))
+    }
+
+    /// Rows of a table that cannot be carried.
+    pub(super) fn misfits(&self, table: &str) -> u64 {
+        self.misfits.get(table).copied().unwrap_or(0)
+    }
+
+    /// Whether change rows of a table are gone.
+    pub(super) fn is_pruned(&self, table: &str) -> bool {
+        self.captures.get(table).is_some_and(|capture| capture.pruned_to > 0)
     }
 
     /// What the generator's ledger says of `table` at change `id`, or why it says nothing.
@@ -226,12 +247,14 @@ fn read_capture(reading: &Transaction<'_>, table: &TableInput) -> Result<Capture
     Ok(Capture { number, slots: table.columns.iter().map(slot).collect(), pruned_to: pruned_to.max(0) as u64 })
 }
 
-fn load_table(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput) -> Result<()> {
+/// Returns how many rows cannot be carried.
+fn load_table(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput) -> Result<u64> {
     let refuse = |cause| Error::new(ErrorKind::Refused, "read", format!("table {}", table.name), cause);
     let columns = table.columns.iter().map(|column| quote_name(&column.name)).collect::<Vec<_>>().join(", ");
     let mut statement =
         reading.prepare(&format!("select {columns} from {}", quote_name(&table.name))).map_err(refuse)?;
-    let mut loader = Loader::new(scratch, "base", &table.name, table.columns.clone())?;
+    let loader = Loader::new(scratch, "base", &table.name, table.columns.clone(), &table.key, None)?;
+    let mut loader = loader.keeping_keys();
     let mut rows = statement.query([]).map_err(refuse)?;
     while let Some(row) = rows.next().map_err(refuse)? {
         loader.push(|index| row.get_ref(index))?;
@@ -239,18 +262,29 @@ fn load_table(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput) 
     loader.finish()
 }
 
-fn load_images(reading: &Transaction<'_>, scratch: &Scratch, table: &TableInput, capture: &Capture) -> Result<()> {
+/// Copies images of change rows: to `touched` those that tell the change, to `before` those that tell what an update that
+/// keeps its key found. Returns how many cannot be carried.
+fn load_images(
+    reading: &Transaction<'_>,
+    scratch: &Scratch,
+    schema: &'static str,
+    table: &TableInput,
+    capture: &Capture,
+) -> Result<u64> {
     let refuse = |cause| Error::new(ErrorKind::Refused, "read", format!("changes of table {}", table.name), cause);
+    let ops = if schema == "before" { BEFORE_OP } else { IMAGE_OPS };
     let slots: Vec<_> =
         capture.slots.iter().map(|slot| slot.map_or("null".into(), |slot| format!("v{slot}"))).collect();
     let query = format!(
-        "select id, op, {} from _shori_changes where capture = ?1 and op in ({IMAGE_OPS}) order by id",
+        "select id, op, {} from _shori_changes where capture = ?1 and op in ({ops}) order by id",
         slots.join(", ")
     );
     let mut columns = vec![ColumnInput::new("change_id", "int64"), ColumnInput::new("change_op", "int64")];
     columns.extend(table.columns.iter().cloned());
     let mut statement = reading.prepare(&query).map_err(refuse)?;
-    let mut loader = Loader::new(scratch, "touched", &table.name, columns)?.leaving_misfits();
+    // Of a row that is gone, only the key counts.
+    let key_counts = Some("change_op in (1, 3)");
+    let mut loader = Loader::new(scratch, schema, &table.name, columns, &table.key, key_counts)?;
     let mut rows = statement.query([capture.number]).map_err(refuse)?;
     while let Some(row) = rows.next().map_err(refuse)? {
         loader.push(|index| -> rusqlite::Result<ValueRef<'_>> { row.get_ref(index) })?;

@@ -19,3 +19,4 @@ mod projections;
 mod small;
 mod spec4;
 mod spec4_log;
+mod verify;
