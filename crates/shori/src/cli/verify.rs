@@ -1,19 +1,23 @@
 //! `shori verify`
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use arrow::array::RecordBatch;
 use clap::Args;
+use duckdb::Connection;
 use shori_core::Result;
 use shori_core::schema::type_name;
+use shori_duckdb::database::Database;
 
 use super::Which;
-use super::reach::Reach;
+use super::reach::{self, Reach};
 use crate::assemble;
-use crate::config::{Loaded, ProjectionConfig, ProjectionKind};
+use crate::config::{Loaded, ProjectionConfig, ProjectionKind, SourceConfig};
 use crate::verify::{
-    self as check, ColumnInput, DerivationInput, ProjectionInput, Report, Serving, TableInput, VerifyInput,
+    self as check, ColumnInput, DerivationInput, ProjectionInput, ProjectionReport, Report, Serving, State, TableInput,
+    VerifyInput,
 };
 
 /// Recompute every projection from the source's tables, and compare.
@@ -48,29 +52,94 @@ const CATCH_UP: Duration = Duration::from_secs(60);
 /// Reads what is served through the pipeline's process.
 struct Served<'a> {
     loaded: &'a Loaded,
-    reach: Reach,
+    client: &'a Reach,
+    store: String,
 }
 
 impl Serving for Served<'_> {
+    fn choose(&mut self, store: &str) -> Result<()> {
+        self.store = store.into();
+        Ok(())
+    }
+
+    fn waits(&mut self, projections: &[&str]) {
+        let (names, seconds) = (projections.join(", "), CATCH_UP.as_secs());
+        eprintln!("waiting up to {seconds} s for what is behind the source: {names}");
+    }
+
     fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
-        self.reach.scan(self.loaded, None, sql, take)
+        self.client.scan(self.loaded, Some(&self.store), sql, take)
+    }
+}
+
+/// Reads what is served from the files, part by part, in memory that does not grow with the rows.
+struct Files<'a> {
+    database: &'a Database,
+    store: String,
+    connection: Connection,
+}
+
+impl Serving for Files<'_> {
+    fn choose(&mut self, store: &str) -> Result<()> {
+        if self.store != store {
+            self.connection = self.database.connect(store)?;
+            self.store = store.into();
+        }
+        Ok(())
+    }
+
+    fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        self.connection.scan(sql, take)
+    }
+
+    fn hold(&mut self) -> Result<()> {
+        self.connection.hold()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.connection.release()
     }
 }
 
 pub fn verify(loaded: &Loaded) -> Result<Report> {
     let reach = Reach::new(loaded)?;
     reach.must_have_run(loaded)?;
-    let input = input(loaded, reach.is_running())?;
-    match &reach {
-        // A connection reads part by part, in memory that does not grow with the rows.
-        Reach::Files(opened) => check::verify(&input, &mut opened.database.connect(&loaded.staging()?.name)?),
-        Reach::Running(_) => check::verify(&input, &mut Served { loaded, reach }),
+    let staging = loaded.staging()?.name.clone();
+    let mut serving: Box<dyn Serving> = match &reach {
+        Reach::Files(opened) => {
+            let connection = opened.database.connect(&staging)?;
+            Box::new(Files { database: &opened.database, store: staging, connection })
+        }
+        Reach::Running(_) => Box::new(Served { loaded, client: &reach, store: staging }),
+    };
+    let mut reports = BTreeMap::new();
+    for source in &loaded.config.sources {
+        let input = input(loaded, source, reach.is_running())?;
+        if !input.projections.is_empty() {
+            let report = check::verify(&input, serving.as_mut())?;
+            reports.extend(report.projections.into_iter().map(|one| (one.projection.clone(), one)));
+        }
     }
+    let mut projections = Vec::new();
+    for configured in enabled(loaded) {
+        projections.push(match reports.remove(&configured.name) {
+            Some(report) => report,
+            None => {
+                let why = "its tables are of several sources, which cannot be verified together";
+                let input = projection_input(loaded, configured, &[])?;
+                ProjectionReport::of(&input).not(State::NotCompared, why)
+            }
+        });
+    }
+    Ok(Report { projections })
 }
 
-fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
-    let none = || loaded.wrong("source", "there is none to verify against");
-    let source = loaded.config.sources.first().ok_or_else(none)?;
+fn enabled(loaded: &Loaded) -> impl Iterator<Item = &ProjectionConfig> {
+    loaded.config.projections.iter().filter(|projection| projection.enabled)
+}
+
+/// Of one source: its tables, and the projections that read no others.
+fn input(loaded: &Loaded, source: &SourceConfig, running: bool) -> Result<VerifyInput> {
     let inspected = shori_sqlite::inspect(&assemble::sqlite_config(loaded, source))?;
     let tables = inspected.captures.iter().map(|capture| TableInput {
         name: capture.schema.table.to_string(),
@@ -80,11 +149,17 @@ fn input(loaded: &Loaded, running: bool) -> Result<VerifyInput> {
             .collect(),
     });
     let tables: Vec<TableInput> = tables.collect();
-    let enabled = loaded.config.projections.iter().filter(|projection| projection.enabled);
+    let is_of_it = |projection: &&ProjectionConfig| {
+        let mut names = projection.tables.iter().chain(&projection.table);
+        loaded.config.sources.len() == 1 || names.all(|name| tables.iter().any(|table| table.name == *name))
+    };
+    let projections = enabled(loaded).filter(is_of_it);
     let state_directory = loaded.state_directory();
     Ok(VerifyInput {
         source: loaded.resolve(&source.path),
-        projections: enabled.map(|projection| projection_input(loaded, projection, &tables)).collect::<Result<_>>()?,
+        source_name: source.name.clone(),
+        staging: loaded.staging()?.name.clone(),
+        projections: projections.map(|one| projection_input(loaded, one, &tables)).collect::<Result<_>>()?,
         tables,
         scratch_directory: Some(state_directory),
         memory_limit_mib: loaded.config.memory.limit_mib,
@@ -112,5 +187,6 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[Ta
             DerivationInput::History { table, key }
         }
     };
-    Ok(ProjectionInput { name: configured.name.clone(), derivation })
+    let store = reach::target(loaded, configured)?.to_string();
+    Ok(ProjectionInput { name: configured.name.clone(), store, derivation })
 }

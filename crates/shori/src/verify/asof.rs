@@ -25,11 +25,13 @@ pub(super) struct AsOf<'a> {
     /// The newest change in the copies.
     head: u64,
     schemas: BTreeMap<Vec<(String, u64)>, String>,
+    /// Those that could not be completed are not among them.
+    begun: usize,
 }
 
 impl<'a> AsOf<'a> {
     pub(super) fn new(input: &'a VerifyInput, scratch: &'a Scratch, head: u64) -> Self {
-        Self { input, scratch, head, schemas: BTreeMap::new() }
+        Self { input, scratch, head, schemas: BTreeMap::new(), begun: 0 }
     }
 
     /// The schema that holds the checkpoint's tables under their own names.
@@ -38,7 +40,8 @@ impl<'a> AsOf<'a> {
         if let Some(schema) = self.schemas.get(&wanted) {
             return Ok(schema.clone());
         }
-        let schema = format!("asof_{}", self.schemas.len());
+        let schema = format!("asof_{}", self.begun);
+        self.begun += 1;
         self.scratch.execute(&format!("create schema {schema}"))?;
         for (table, id) in &wanted {
             self.make(&schema, self.input.table(table)?, *id)?;

@@ -26,11 +26,12 @@ use std::time::Duration;
 
 use shori_core::{Error, ErrorKind, Result};
 
-pub use report::{EXAMPLES_MAX, Finding, FindingKind, ProjectionReport, Report};
+pub use report::{EXAMPLES_MAX, Finding, FindingKind, ProjectionReport, Report, State};
 pub use serving::Serving;
 
 use asof::AsOf;
 use scratch::{Scratch, quote_name};
+use serving::Checkpoint;
 use source::Source;
 
 /// What is verified, in plain words: nothing here depends on the engine.
@@ -38,6 +39,9 @@ use source::Source;
 pub struct VerifyInput {
     /// The captured SQLite file; it is only read.
     pub source: PathBuf,
+    pub source_name: String,
+    /// The store that tells how capture stands.
+    pub staging: String,
     pub tables: Vec<TableInput>,
     pub projections: Vec<ProjectionInput>,
     /// Where rows that do not fit into memory go; the system's folder for temporary files if not given.
@@ -45,7 +49,7 @@ pub struct VerifyInput {
     pub memory_limit_mib: u64,
     /// 0 means one per core.
     pub threads: usize,
-    /// How long a projection that is behind the source is waited for; zero where no pipeline runs. Rows that stay behind
+    /// How long projections that are behind the source are waited for; zero where no pipeline runs. Rows that stay behind
     /// are compared too, where the source still keeps the changes since.
     pub catch_up: Duration,
 }
@@ -70,6 +74,7 @@ pub struct ColumnInput {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ProjectionInput {
     pub name: String,
+    pub store: String,
     pub derivation: DerivationInput,
 }
 
@@ -123,48 +128,114 @@ impl VerifyInput {
     }
 }
 
-/// Compares every projection with what the source calls for. Fails where that cannot be told: when a projection has not
-/// been built, or is so far behind that the source's changes since are no longer kept.
-pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> {
-    let scratch = Scratch::open(input)?;
-    let mut source = Source::load(input, &scratch)?;
-    let mut checkpoints = Vec::new();
-    for projection in &input.projections {
-        serving::wait(serving, projection, source.head, input.catch_up)?;
-        checkpoints.push(serving::load(serving, &scratch, projection)?);
-    }
-    source.load_changes(input, &scratch, &checkpoints)?;
-    let mut asof = AsOf::new(input, &scratch, source.head);
-    let mut projections = Vec::new();
-    for (projection, checkpoint) in input.projections.iter().zip(&checkpoints) {
-        let schema = asof.schema(checkpoint)?;
-        let mut report = ProjectionReport {
+impl ProjectionReport {
+    /// Nothing has been compared yet.
+    pub fn of(projection: &ProjectionInput) -> Self {
+        Self {
             projection: projection.name.clone(),
             kind: projection.kind(),
-            as_of_change: checkpoint.values().copied().max().unwrap_or(0),
+            state: State::Compared,
+            as_of_change: 0,
             rows_expected: 0,
             rows_found: 0,
             findings: Vec::new(),
             notes: Vec::new(),
+        }
+    }
+
+    pub fn not(mut self, state: State, why: impl std::fmt::Display) -> Self {
+        self.state = state;
+        self.notes.push(why.to_string());
+        self
+    }
+}
+
+/// Compares every projection with what the source calls for. One of which that cannot be told is reported as such: it has
+/// not been built, or is so far behind that the source's changes since are no longer kept.
+pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> {
+    let scratch = Scratch::open(input)?;
+    let mut source = Source::load(input, &scratch)?;
+    serving::wait(serving, input, source.head)?;
+    let mut loaded = Vec::new();
+    for projection in &input.projections {
+        loaded.push(load(serving, &scratch, input, projection)?);
+    }
+    let behind = |table: &str| {
+        let checkpoints = loaded.iter().filter_map(|(_, checkpoint)| checkpoint.as_ref());
+        checkpoints.filter_map(|checkpoint| checkpoint.get(table)).any(|id| *id < source.head)
+    };
+    let behind: Vec<_> = input.tables.iter().map(|table| table.name.clone()).filter(|name| behind(name)).collect();
+    source.load_changes(input, &scratch, &behind)?;
+    let mut asof = AsOf::new(input, &scratch, source.head);
+    let mut projections = Vec::new();
+    for (projection, (mut report, checkpoint)) in input.projections.iter().zip(loaded) {
+        let Some(checkpoint) = checkpoint else {
+            projections.push(report);
+            continue;
         };
-        let compared = uncarried(&scratch, &schema, input, projection, &source, &mut report)?;
-        match &projection.derivation {
-            _ if !compared => {}
-            DerivationInput::Sql { text, key, hidden, .. } => {
-                compare::sql(&scratch, &schema, text, key, hidden, &mut report)?;
-            }
-            DerivationInput::Latest { table } => {
-                compare::latest(&scratch, &schema, input.table(table)?, &mut report)?;
-            }
-            DerivationInput::History { table, key } => {
-                let table = input.table(table)?;
-                let key = if key.is_empty() { &table.key } else { key };
-                history::check(&scratch, &schema, table, key, &mut source, &mut report)?;
-            }
+        match compare(input, &scratch, &mut source, &mut asof, projection, &checkpoint, &mut report) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::Unavailable => report = report.not(State::Behind, error),
+            Err(error) if error.kind() == ErrorKind::Projection => report = report.not(State::NotCompared, error),
+            Err(error) => return Err(error),
         }
         projections.push(report);
     }
     Ok(Report { projections })
+}
+
+/// Copies what is served of a projection, and begins its report.
+fn load(
+    serving: &mut dyn Serving,
+    scratch: &Scratch,
+    input: &VerifyInput,
+    projection: &ProjectionInput,
+) -> Result<(ProjectionReport, Option<Checkpoint>)> {
+    let mut report = ProjectionReport::of(projection);
+    serving.choose(&projection.store)?;
+    if let Some(error) = serving::failure(serving, projection) {
+        report.notes.push(format!("it has failed: {error}"));
+    }
+    for table in serving::standing_still(serving, input, projection)? {
+        report.notes.push(format!("the capture of table {table} stands still: its rows are compared as of then"));
+    }
+    Ok(match serving::load(serving, scratch, projection) {
+        Ok(Some(checkpoint)) => {
+            report.as_of_change = checkpoint.values().copied().max().unwrap_or(0);
+            (report, Some(checkpoint))
+        }
+        Ok(None) => {
+            let why = "it has not been built yet: start the pipeline and let it catch up";
+            (report.not(State::NotBuilt, why), None)
+        }
+        Err(error) if error.kind() == ErrorKind::Unavailable => (report.not(State::Behind, error), None),
+        Err(error) => return Err(error),
+    })
+}
+
+fn compare(
+    input: &VerifyInput,
+    scratch: &Scratch,
+    source: &mut Source,
+    asof: &mut AsOf<'_>,
+    projection: &ProjectionInput,
+    checkpoint: &Checkpoint,
+    report: &mut ProjectionReport,
+) -> Result<()> {
+    source.must_reach(checkpoint)?;
+    let schema = asof.schema(checkpoint)?;
+    if !uncarried(scratch, &schema, input, projection, source, report)? {
+        return Ok(());
+    }
+    match &projection.derivation {
+        DerivationInput::Sql { text, key, hidden, .. } => compare::sql(scratch, &schema, text, key, hidden, report),
+        DerivationInput::Latest { table } => compare::latest(scratch, &schema, input.table(table)?, report),
+        DerivationInput::History { table, key } => {
+            let table = input.table(table)?;
+            let key = if key.is_empty() { &table.key } else { key };
+            history::check(scratch, &schema, table, key, source, report)
+        }
+    }
 }
 
 /// Tells of rows that cannot be carried, and puts aside those of which nothing is known. Returns whether the rest can be

@@ -13,12 +13,14 @@ pub struct Report {
     pub projections: Vec<ProjectionReport>,
 }
 
-/// One projection: what was compared, and what is wrong. Nothing is wrong where `findings` is empty.
+/// One projection: what was compared, and what is wrong. Nothing is wrong where it was compared
+/// and `findings` is empty.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct ProjectionReport {
     pub projection: String,
     /// `sql`, `latest` or `history`.
     pub kind: &'static str,
+    pub state: State,
     /// The newest change of the source that the projection holds, by id.
     pub as_of_change: u64,
     /// Rows that the source calls for; for a history, those that are current.
@@ -28,6 +30,19 @@ pub struct ProjectionReport {
     pub findings: Vec<Finding>,
     /// What could not be compared, and why.
     pub notes: Vec<String>,
+}
+
+/// Whether a projection was compared; where it was not, a note tells why.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Compared,
+    /// It has no rows yet.
+    NotBuilt,
+    /// The source no longer keeps what tells how it stood then.
+    Behind,
+    /// What the source calls for cannot be told.
+    NotCompared,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -92,7 +107,17 @@ impl Report {
 
 impl ProjectionReport {
     pub fn ok(&self) -> bool {
-        self.findings.is_empty()
+        self.state == State::Compared && self.findings.is_empty()
+    }
+
+    fn result(&self) -> &'static str {
+        match self.state {
+            State::Compared if self.ok() => "ok",
+            State::Compared => "WRONG",
+            State::NotBuilt => "NOT BUILT",
+            State::Behind => "BEHIND",
+            State::NotCompared => "NOT COMPARED",
+        }
     }
 
     pub fn finding(&self, kind: FindingKind) -> Option<&Finding> {
@@ -130,7 +155,7 @@ impl fmt::Display for Report {
                 projection.count(Duplicated),
                 projection.count(Differing),
                 other,
-                if projection.ok() { "ok" } else { "WRONG" }
+                projection.result()
             )?;
         }
         for projection in &self.projections {

@@ -11,8 +11,8 @@ use arrow::datatypes::{DataType, TimeUnit};
 use duckdb::Connection;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::ProjectionInput;
 use super::scratch::{Scratch, quote_name, quote_text, scratch_error};
+use super::{ProjectionInput, VerifyInput};
 
 /// How often a projection is read again because it moved meanwhile.
 const READS_MAX: usize = 5;
@@ -21,6 +21,14 @@ const CATCH_UP_POLL: Duration = Duration::from_millis(100);
 
 /// Reads the store that serves the projections: the file itself, or the process that has it open.
 pub trait Serving {
+    /// Reads are of this store from here on; where there is one only, it is that.
+    fn choose(&mut self, _store: &str) -> Result<()> {
+        Ok(())
+    }
+
+    /// Told once, before projections that are behind the source are waited for.
+    fn waits(&mut self, _projections: &[&str]) {}
+
     /// The rows of a query, part by part, in memory that does not grow with them.
     fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()>;
 
@@ -69,32 +77,96 @@ impl Serving for Connection {
 /// The newest change of each table, by id, that a projection has consumed.
 pub(super) type Checkpoint = BTreeMap<String, u64>;
 
-/// Waits until the projection holds the change `head`, for `at_most`; that it does not is no error.
-pub(super) fn wait(
-    serving: &mut dyn Serving,
-    projection: &ProjectionInput,
-    head: u64,
-    at_most: Duration,
-) -> Result<()> {
-    let deadline = Instant::now() + at_most;
+/// Waits until all projections hold the change `head`, for `at_most`; that some do not is no error. What has failed is not
+/// waited for: it comes no further.
+pub(super) fn wait(serving: &mut dyn Serving, input: &VerifyInput, head: u64) -> Result<()> {
+    let deadline = Instant::now() + input.catch_up;
+    let mut behind: Vec<_> = input.projections.iter().collect();
+    let mut told = false;
     while Instant::now() < deadline {
-        match read_checkpoint(serving, projection) {
-            Ok(checkpoint) if checkpoint.values().all(|id| *id >= head) => return Ok(()),
-            Err(error) if error.kind() != ErrorKind::Unavailable => return Err(error),
-            _ => thread::sleep(CATCH_UP_POLL),
+        let mut still = Vec::new();
+        for projection in behind {
+            serving.choose(&projection.store)?;
+            let checkpoint = read_checkpoint(serving, projection)?;
+            let is_there = checkpoint.is_some_and(|checkpoint| checkpoint.values().all(|id| *id >= head));
+            if !is_there
+                && failure(serving, projection).is_none()
+                && standing_still(serving, input, projection)?.is_empty()
+            {
+                still.push(projection);
+            }
         }
+        behind = still;
+        if behind.is_empty() {
+            return Ok(());
+        }
+        if !told {
+            serving.waits(&behind.iter().map(|projection| projection.name.as_str()).collect::<Vec<_>>());
+            told = true;
+        }
+        thread::sleep(CATCH_UP_POLL);
     }
     Ok(())
 }
 
-/// Copies the projection's rows to `found.<projection>`; returns the checkpoint that they stand at.
-pub(super) fn load(serving: &mut dyn Serving, scratch: &Scratch, projection: &ProjectionInput) -> Result<Checkpoint> {
+/// Why a projection has failed, as the store tells it. Nothing is compared with that.
+pub(super) fn failure(serving: &mut dyn Serving, projection: &ProjectionInput) -> Option<String> {
+    let query = format!(
+        "
+        select coalesce(last_error, '')
+        from ctl_projection_metadata
+        where status = 'ERROR' and projection_name = {}
+        ",
+        quote_text(&projection.name)
+    );
+    first_texts(serving, &query).into_iter().next()
+}
+
+/// The tables of a projection whose capture stands still.
+pub(super) fn standing_still(
+    serving: &mut dyn Serving,
+    input: &VerifyInput,
+    projection: &ProjectionInput,
+) -> Result<Vec<String>> {
+    serving.choose(&input.staging)?;
+    let query = format!(
+        "
+        select capture_instance
+        from ctl_ingestion_watermarks
+        where failed_reason is not null and source_name = {}
+        ",
+        quote_text(&input.source_name)
+    );
+    let captures = first_texts(serving, &query);
+    serving.choose(&projection.store)?;
+    let tables = projection.tables().into_iter();
+    let fails = |table: &&str| captures.iter().any(|capture| capture.rsplit('/').next() == Some(table));
+    Ok(tables.filter(fails).map(String::from).collect())
+}
+
+/// Empty where the store does not tell.
+fn first_texts(serving: &mut dyn Serving, query: &str) -> Vec<String> {
+    let batches = serving.query(query).unwrap_or_default();
+    let rows = batches.iter().filter_map(|batch| texts::<1>(batch).ok()).flatten();
+    rows.map(|[text]| text).collect()
+}
+
+/// Copies the projection's rows to `found.<projection>`; returns the checkpoint that they stand at, none where it has not
+/// been built.
+pub(super) fn load(
+    serving: &mut dyn Serving,
+    scratch: &Scratch,
+    projection: &ProjectionInput,
+) -> Result<Option<Checkpoint>> {
+    serving.choose(&projection.store)?;
     for _ in 0..READS_MAX {
         serving.hold()?;
         let loaded = load_once(serving, scratch, projection);
         serving.release()?;
-        if let Some(checkpoint) = loaded? {
-            return Ok(checkpoint);
+        match loaded? {
+            Read::At(checkpoint) => return Ok(Some(checkpoint)),
+            Read::NotBuilt => return Ok(None),
+            Read::Moved => {}
         }
     }
     let object = format!("projection {}", projection.name);
@@ -102,8 +174,14 @@ pub(super) fn load(serving: &mut dyn Serving, scratch: &Scratch, projection: &Pr
         .with_remedy("verify while there are fewer changes"))
 }
 
-fn load_once(serving: &mut dyn Serving, scratch: &Scratch, projection: &ProjectionInput) -> Result<Option<Checkpoint>> {
-    let checkpoint = read_checkpoint(serving, projection)?;
+enum Read {
+    At(Checkpoint),
+    NotBuilt,
+    Moved,
+}
+
+fn load_once(serving: &mut dyn Serving, scratch: &Scratch, projection: &ProjectionInput) -> Result<Read> {
+    let Some(checkpoint) = read_checkpoint(serving, projection)? else { return Ok(Read::NotBuilt) };
     let table = quote_name(&projection.name);
     scratch.execute(&format!("drop table if exists found.{table}"))?;
     // An empty answer has no batch that tells the columns: the description does.
@@ -120,10 +198,11 @@ fn load_once(serving: &mut dyn Serving, scratch: &Scratch, projection: &Projecti
         scratch.append("found", &projection.name, batch)
     })?;
     let after = read_checkpoint(serving, projection)?;
-    Ok((after == checkpoint).then_some(checkpoint))
+    Ok(if after.as_ref() == Some(&checkpoint) { Read::At(checkpoint) } else { Read::Moved })
 }
 
-fn read_checkpoint(serving: &mut dyn Serving, projection: &ProjectionInput) -> Result<Checkpoint> {
+/// None where the projection has not been built.
+fn read_checkpoint(serving: &mut dyn Serving, projection: &ProjectionInput) -> Result<Option<Checkpoint>> {
     let object = || format!("projection {}", projection.name);
     // A position without a sequence stands before its change.
     let query = format!(
@@ -146,13 +225,10 @@ fn read_checkpoint(serving: &mut dyn Serving, projection: &ProjectionInput) -> R
     for table in projection.tables() {
         // Where there are several sources, the capture's name is behind that of its source.
         let found = stored.iter().find(|(capture, _)| capture.rsplit('/').next() == Some(table));
-        let Some((_, id)) = found else {
-            return Err(Error::new(ErrorKind::Unavailable, "verify", object(), "it has not been built yet")
-                .with_remedy("start the pipeline and let it catch up"));
-        };
+        let Some((_, id)) = found else { return Ok(None) };
         checkpoint.insert(table.to_string(), *id);
     }
-    Ok(checkpoint)
+    Ok(Some(checkpoint))
 }
 
 /// The first columns of a batch.

@@ -70,25 +70,17 @@ impl Source {
         Ok(Self { connection, head, captures, misfits })
     }
 
-    /// Copies the change rows of every table to `touched`. Fails when some that a checkpoint needs are no longer kept.
-    pub(super) fn load_changes(
-        &mut self,
-        input: &VerifyInput,
-        scratch: &Scratch,
-        checkpoints: &[Checkpoint],
-    ) -> Result<()> {
+    /// Copies the change rows of every table to `touched`; a projection shows an earlier state of those named `behind`.
+    pub(super) fn load_changes(&mut self, input: &VerifyInput, scratch: &Scratch, behind: &[String]) -> Result<()> {
         let reading = self.connection.transaction().map_err(fail("read", "the change table"))?;
         for table in used_tables(input)? {
             let capture = read_capture(&reading, table)?;
-            let stands_at = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(&table.name).copied());
-            let (oldest, newest) =
-                stands_at.fold((self.head, self.head), |(oldest, newest), id| (oldest.min(id), newest.max(id)));
-            if oldest < newest && capture.pruned_to > oldest || lacks_changes(&reading, &capture, oldest, newest)? {
-                return Err(catch_up_first(&table.name));
-            }
             let rejected = load_images(&reading, scratch, "touched", table, &capture)?;
-            // What stood before an image that was rejected is what is still shown.
-            if rejected > 0 || self.misfits.get(&table.name).is_some_and(|misfits| *misfits > 0) {
+            // What an update found is what is still shown where it was rejected, or has not been captured.
+            if rejected > 0
+                || behind.contains(&table.name)
+                || self.misfits.get(&table.name).is_some_and(|misfits| *misfits > 0)
+            {
                 load_images(&reading, scratch, "before", table, &capture)?;
             } else {
                 scratch.execute(&format!(
@@ -99,6 +91,19 @@ impl Source {
             self.captures.insert(table.name.clone(), capture);
         }
         reading.finish().map_err(fail("read", "the change table"))
+    }
+
+    /// Fails when changes between a checkpoint and the copies are no longer kept.
+    pub(super) fn must_reach(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let reading = self.connection.transaction().map_err(fail("read", "the change table"))?;
+        for (table, id) in checkpoint {
+            let Some(capture) = self.captures.get(table) else { continue };
+            let (oldest, newest) = (self.head.min(*id), self.head.max(*id));
+            if oldest < newest && capture.pruned_to > oldest || lacks_changes(&reading, capture, oldest, newest)? {
+                return Err(catch_up_first(table));
+            }
+        }
+        Ok(())
     }
 
     /// Rows of a table that cannot be carried.

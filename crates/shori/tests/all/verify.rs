@@ -1,6 +1,6 @@
 //! `shori verify` where not everything is as it should be: what it can still tell, it tells.
 
-use crate::harness::World;
+use crate::harness::{World, until};
 
 const SOURCE: &str = "
 create table t (id integer primary key, n int, g text, made timestamp);
@@ -93,4 +93,83 @@ fn a_rejected_value_is_told_and_stands_in_nobody_s_way() {
     world.serving().execute_batch("update t_latest set n = 7 where id = 3").unwrap();
     let done = world.shori(&["verify"]);
     assert!(done.status == Some(1) && done.out.contains("id=3: n should be 3 and is 7"), "{done:?}");
+}
+
+#[test]
+fn a_projection_that_fails_does_not_hide_the_others() {
+    let world = world();
+    world.put("sums.sql", &SUMS.replace("from t", "from t where g + 1 > 0"));
+    let mut running = world.run();
+    world.write("update t set n = 100 where id = 1;");
+    until("the query's error", || {
+        running.assert_running();
+        let rows = world.try_query("select 1 from ctl_projection_metadata where status = 'ERROR'").ok()?;
+        let shown = world.try_query("select 1 from t_latest where n = 100").ok()?;
+        (rows.len() == 1 && shown.len() == 1).then_some(())
+    });
+    let done = world.shori(&["verify"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert_eq!(done.out.matches(" ok\n").count(), 2, "{}", done.out);
+    assert!(done.out.contains("sums: note: it has failed: "), "{}", done.out);
+    running.stop();
+}
+
+#[test]
+fn rows_are_compared_as_of_where_capture_stopped() {
+    let world = world();
+    world.write("update t set n = 6 where id = 1;");
+    world.serving().execute_batch("update ctl_ingestion_watermarks set failed_reason = 'gone'").unwrap();
+    let done = world.succeed(&["verify"]);
+    assert!(done.out.contains("t_latest: note: the capture of table t stands still"), "{}", done.out);
+}
+
+/// `small` beside `t`, in a file of its own.
+const TWO_SOURCES: &str = r#"
+[[source]]
+name = "second"
+kind = "sqlite"
+path = "second.db"
+[source.tables.small]
+[[store]]
+name = "other"
+kind = "duckdb"
+path = "other.duckdb"
+
+[[projection]]
+name = "small_latest"
+kind = "latest"
+table = "small"
+target = "other"
+"#;
+
+#[test]
+fn every_source_and_every_store_is_verified() {
+    let mut world = World::configured(CONFIGURATION, &[("sums.sql", SUMS)], SOURCE);
+    let configuration = CONFIGURATION.replace("name = \"checked\"", "name = \"checked\"\nstaging = \"serving\"");
+    let moved = configuration.replace("name = \"t_latest\"", "name = \"t_latest\"\ntarget = \"other\"");
+    world.configure(&format!("{moved}{TWO_SOURCES}"));
+    let second = rusqlite::Connection::open(world.path("second.db")).unwrap();
+    second.execute_batch("create table small (id integer primary key, name text);").unwrap();
+    second.execute_batch("insert into small values (1, 'one');").unwrap();
+    world.succeed(&["init"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    second.execute_batch("insert into small values (2, 'two');").unwrap();
+    world.write("update t set n = 50 where id = 5;");
+    let mut running = world.run();
+    until("the second source", || {
+        running.assert_running();
+        let client = world.client()?;
+        let rows = client.query("other", "select 1 from small_latest where id = 2").ok()?;
+        (rows[0].num_rows() == 1).then_some(())
+    });
+    world.verify();
+    running.stop();
+    let other = duckdb::Connection::open(world.path("other.duckdb")).unwrap();
+    other.execute_batch("update t_latest set n = 8 where id = 5; delete from small_latest where id = 1").unwrap();
+    drop(other);
+    let done = world.shori(&["verify"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.out.contains("id=5: n should be 50 and is 8"), "{}", done.out);
+    assert!(done.out.contains("small_latest: 1 missing"), "{}", done.out);
 }

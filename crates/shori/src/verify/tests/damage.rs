@@ -1,12 +1,10 @@
 //! What is right passes, and every kind of damage is found and named.
 
-use shori_core::ErrorKind;
-
 use arrow::array::RecordBatch;
 use std::time::Duration;
 
 use super::pipeline::Pipeline;
-use crate::verify::{FindingKind, Report, Serving, verify};
+use crate::verify::{FindingKind, Report, Serving, State, verify};
 
 const KPI: &str = "proj_orders_kpi_by_minute_segment";
 const LATEST: &str = "proj_orders_latest";
@@ -76,9 +74,9 @@ fn a_source_that_has_moved_on_beyond_what_it_keeps_must_be_caught_up_with() {
         ))
         .unwrap();
     let input = pipeline.input();
-    let error = verify(&input, &mut pipeline.serving).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unavailable);
-    assert!(error.to_string().contains("catch up first"), "{error}");
+    let report = verify(&input, &mut pipeline.serving).unwrap();
+    assert!(report.projections.iter().all(|projection| projection.state == State::Behind && !projection.ok()));
+    assert!(report.to_string().contains("catch up first"), "{report}");
 }
 
 /// A pipeline that goes on when it is looked at for the second time.
@@ -131,13 +129,16 @@ fn changes_that_are_no_longer_kept_are_not_needed_by_a_projection_that_is_up_to_
 }
 
 #[test]
-fn a_projection_that_was_never_built_is_an_error() {
+fn a_projection_that_was_never_built_is_told_beside_the_others() {
     let mut pipeline = Pipeline::new(0, 100);
     pipeline.project();
-    pipeline.serving.execute_batch("delete from ctl_projection_checkpoints").unwrap();
-    let input = pipeline.input();
-    let error = verify(&input, &mut pipeline.serving).unwrap_err();
-    assert!(error.to_string().contains("has not been built"), "{error}");
+    let delete = "delete from ctl_projection_checkpoints where projection_name = 'customers_latest'";
+    pipeline.serving.execute_batch(delete).unwrap();
+    let report = pipeline.verify();
+    let states: Vec<_> = report.projections.iter().map(|projection| projection.state).collect();
+    assert_eq!(states, [State::Compared, State::Compared, State::NotBuilt, State::Compared]);
+    assert_eq!(report.projections.iter().filter(|projection| projection.ok()).count(), 3, "{report}");
+    assert!(!report.ok() && report.to_string().contains("NOT BUILT\n"), "{report}");
 }
 
 #[test]

@@ -278,10 +278,12 @@ impl Pipeline {
                 key: names(key),
                 hidden: names(hidden),
             };
-            ProjectionInput { name: name.to_string(), derivation }
+            ProjectionInput { name: name.to_string(), store: String::new(), derivation }
         };
         VerifyInput {
             source: self.path(),
+            source_name: String::new(),
+            staging: String::new(),
             tables: TABLES.iter().map(table).collect(),
             projections: vec![
                 sql(
@@ -294,10 +296,12 @@ impl Pipeline {
                 sql("proj_orders_latest", LATEST, &["customers", "orders"], &["order_id"], &[]),
                 ProjectionInput {
                     name: "customers_latest".into(),
+                    store: String::new(),
                     derivation: DerivationInput::Latest { table: "customers".into() },
                 },
                 ProjectionInput {
                     name: "dim_orders_history".into(),
+                    store: String::new(),
                     derivation: DerivationInput::History { table: "orders".into(), key: vec!["order_key".into()] },
                 },
             ],
