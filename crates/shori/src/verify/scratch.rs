@@ -1,6 +1,10 @@
 //! The database that everything is compared in: a file of its own, gone afterwards, that spills what memory does not
 //! hold.
 
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
 use arrow::array::RecordBatch;
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
@@ -9,19 +13,54 @@ use tempfile::TempDir;
 use super::VerifyInput;
 use super::report::{EXAMPLES_MAX, Finding, FindingKind};
 
+const PREFIX: &str = "shori-verify-";
+/// Held while a folder is in use, so that one left behind by a killed process is known.
+const LOCK: &str = "lock";
+/// A folder without a lock may be one that another process has just made.
+const MADE_WITHIN: Duration = Duration::from_secs(3600);
+
 pub(super) struct Scratch {
     connection: Connection,
     // Removed after the connection has let go of it.
     _directory: TempDir,
+    _lock: File,
+}
+
+/// Removes what killed processes left behind. What cannot be removed is in nobody's way.
+fn sweep(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let left_behind = match File::open(entry.path().join(LOCK)) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            Err(_) => {
+                let made = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+                made.and_then(|made| made.elapsed().ok()).is_some_and(|age| age > MADE_WITHIN)
+            }
+        };
+        if left_behind && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            tracing::debug!(%error, folder = %entry.path().display(), "a scratch folder was left behind");
+        }
+    }
 }
 
 impl Scratch {
     pub(super) fn open(input: &VerifyInput) -> Result<Self> {
         let make = || match &input.scratch_directory {
-            Some(parent) => TempDir::with_prefix_in("shori-verify-", parent),
-            None => TempDir::with_prefix("shori-verify-"),
+            Some(parent) => TempDir::with_prefix_in(PREFIX, parent),
+            None => TempDir::with_prefix(PREFIX),
         };
-        let directory = make().map_err(|cause| {
+        if let Some(parent) = &input.scratch_directory {
+            sweep(parent);
+        }
+        let locked = || {
+            let directory = make()?;
+            let lock = File::create(directory.path().join(LOCK))?;
+            lock.lock()?;
+            Ok((directory, lock))
+        };
+        let (directory, lock) = locked().map_err(|cause: std::io::Error| {
             Error::new(ErrorKind::Refused, "make", "a scratch folder", cause)
                 .with_remedy("name a folder with enough space")
         })?;
@@ -50,7 +89,7 @@ impl Scratch {
             Ok(connection)
         };
         let connection = open().map_err(|cause| scratch_error("open", "the scratch database", cause))?;
-        Ok(Self { connection, _directory: directory })
+        Ok(Self { connection, _directory: directory, _lock: lock })
     }
 
     pub(super) fn execute(&self, statements: &str) -> Result<()> {
@@ -141,5 +180,33 @@ pub(super) fn scratch_error(operation: &str, object: &str, cause: duckdb::Error)
         Error::new(ErrorKind::Refused, operation, object, cause).with_remedy("allow more memory")
     } else {
         Error::new(ErrorKind::Refused, operation, object, cause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_killed_processes_left_behind_is_removed_and_nothing_else() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = |name: &str, locked: bool| {
+            let path = parent.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            let lock = locked.then(|| File::create(path.join(LOCK)).unwrap());
+            (path, lock)
+        };
+        let (left, lock) = folder("shori-verify-left", true);
+        drop(lock);
+        let (used, lock) = folder("shori-verify-used", true);
+        lock.as_ref().unwrap().lock().unwrap();
+        let (new, _) = folder("shori-verify-new", false);
+        let (old, _) = folder("shori-verify-old", false);
+        let long_ago = std::time::SystemTime::now() - 2 * MADE_WITHIN;
+        File::open(&old).unwrap().set_modified(long_ago).unwrap();
+        let (other, lock_of_other) = folder("other", true);
+        drop(lock_of_other);
+        sweep(parent.path());
+        assert_eq!([left, used, new, old, other].map(|path| path.exists()), [false, true, true, false, true]);
     }
 }
