@@ -10,11 +10,8 @@ mod harness;
 mod mistakes;
 mod mistakes_files;
 mod mistakes_sql;
-<<<<<<< HEAD
 mod own_names;
-=======
 mod printed;
->>>>>>> cd5496f (A closed pipe ends a verb quietly, and answers and status show what is there)
 mod projections;
 mod small;
 mod spec4;
