@@ -90,6 +90,11 @@ impl Error {
         }))
     }
 
+    /// An error that has been told, for somebody else to hear: `told` is all that is printed.
+    pub fn repeated(kind: ErrorKind, told: impl Into<Cause>) -> Self {
+        Self::new(kind, "", "", told)
+    }
+
     /// What the reader can do, as a sentence without a full stop: `run shori resnapshot orders`.
     pub fn with_remedy(mut self, remedy: impl Into<String>) -> Self {
         self.0.remedy = Some(remedy.into());
@@ -120,7 +125,10 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Parts { operation, object, cause, remedy, .. } = &*self.0;
-        write!(f, "cannot {operation} {object}: {cause}")?;
+        if !operation.is_empty() {
+            write!(f, "cannot {operation} {object}: ")?;
+        }
+        write!(f, "{cause}")?;
         let mut inner = cause.source();
         while let Some(next) = inner {
             write!(f, ": {next}")?;

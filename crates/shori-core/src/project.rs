@@ -301,7 +301,12 @@ impl Projector {
     fn first_failure(&self) -> Result<()> {
         match self.progress.borrow().failed.iter().next() {
             Some((name, reason)) => {
-                Err(Error::new(ErrorKind::Projection, "refresh", format!("projection {name}"), reason.clone()))
+                let object = format!("projection {name}");
+                let named = reason.contains(&object) || reason.contains(&format!("table {name}:"));
+                Err(match named {
+                    true => Error::repeated(ErrorKind::Projection, reason.clone()),
+                    false => Error::new(ErrorKind::Projection, "refresh", object, reason.clone()),
+                })
             }
             None => Ok(()),
         }

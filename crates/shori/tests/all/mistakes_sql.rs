@@ -56,6 +56,9 @@ fn a_query_without_its_key_or_with_a_key_twice_tells() {
     world.put("amount_by_name.sql", "select name, amount from things");
     world.succeed(&["check"]);
     world.write("insert into things values (3, 'two', '3.30');");
+    world
+        .shori(&["run", "--once"])
+        .tells(1, &["error: cannot refresh projection amount_by_name: its key is not unique"]);
     let mut running = world.run();
     fails_with(&world, &mut running, &["amount_by_name", "key is not unique", "name=two"]);
     world.write("delete from things where id = 3;");
@@ -98,7 +101,7 @@ fn a_query_that_fails_when_run_keeps_its_rows_and_heals_with_the_data() {
         running.stop();
         world.shori(&["run", "--once"])
     };
-    once.tells(1, &["amount_by_name", "two"]);
+    once.tells(1, &["error: cannot refresh projection amount_by_name: cannot run the query", "two"]);
     let mut running = world.run();
     world.write("update things set amount = '3' where id = 2;");
     world.catch_up(&mut running);
