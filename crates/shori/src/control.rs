@@ -9,7 +9,9 @@
 
 mod frames;
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -85,6 +87,34 @@ pub fn socket_path(state_directory: &Path) -> PathBuf {
     state_directory.join("socket")
 }
 
+/// Longest path that a socket's address holds on every system.
+const ADDRESS_MAX_BYTES: usize = 100;
+
+/// A path to a socket that its address holds: a long one goes by way of the open folder, where the system has that.
+struct Near {
+    path: PathBuf,
+    _folder: Option<File>,
+}
+
+impl Near {
+    fn to(path: &Path) -> std::io::Result<Self> {
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+            return Ok(Self { path: path.into(), _folder: None });
+        };
+        if !cfg!(target_os = "linux") || path.as_os_str().len() <= ADDRESS_MAX_BYTES {
+            return Ok(Self { path: path.into(), _folder: None });
+        }
+        let folder = File::open(folder)?;
+        let path = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
+        Ok(Self { path, _folder: Some(folder) })
+    }
+}
+
+fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let near = Near::to(path)?;
+    UnixStream::connect(&near.path)
+}
+
 impl Server {
     /// Serves until the returned guard is dropped with the runtime's task. The folder's lock must be held.
     pub fn listen(self, state_directory: &Path) -> Result<Listening> {
@@ -96,7 +126,8 @@ impl Server {
         if path.exists() {
             std::fs::remove_file(&path).map_err(fail)?;
         }
-        let listener = tokio::net::UnixListener::bind(&path).map_err(fail)?;
+        let near = Near::to(&path).map_err(fail)?;
+        let listener = tokio::net::UnixListener::bind(&near.path).map_err(fail)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
         let server = Arc::new(self);
         tokio::spawn(async move {
@@ -218,7 +249,7 @@ impl Client {
     /// `None` if no pipeline runs in this folder.
     pub fn connect(state_directory: &Path) -> Option<Self> {
         let path = socket_path(state_directory);
-        UnixStream::connect(&path).ok().map(|_| Self { path })
+        connect(&path).ok().map(|_| Self { path })
     }
 
     /// The answer to a query for few rows. An empty one is one batch without rows.
@@ -264,7 +295,7 @@ impl Client {
     /// The answer's line, and what the rest is read from.
     fn ask(&self, request: &Request) -> Result<(Answer, BufReader<UnixStream>)> {
         let connect = || {
-            let mut stream = UnixStream::connect(&self.path)?;
+            let mut stream = connect(&self.path)?;
             stream.write_all(&serde_json::to_vec(request)?)?;
             stream.write_all(b"\n")?;
             Ok(BufReader::new(stream))
