@@ -1,7 +1,8 @@
 //! `shori check`
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Args;
 use shori_core::projection::Derivation;
@@ -29,10 +30,11 @@ impl Check {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
         let mut problems = Vec::new();
-        let tables = tables(&loaded, &mut problems);
+        let mut left_out = BTreeSet::new();
+        let tables = tables(&loaded, &mut problems, &mut left_out);
         // Without its tables, nothing can be told of a query.
         if problems.iter().all(|problem| problem.kind() == ErrorKind::Schema) {
-            super::block_on(projections(&loaded, &tables, &mut problems))?;
+            super::block_on(projections(&loaded, &tables, &left_out, &mut problems))?;
         }
         for problem in &problems {
             eprintln!("error: {problem}");
@@ -46,7 +48,8 @@ impl Check {
             );
             return Ok(ExitCode::SUCCESS);
         }
-        Ok(ExitCode::from(1))
+        let usage = problems.iter().any(|problem| problem.kind() == ErrorKind::Usage);
+        Ok(ExitCode::from(if usage { 2 } else { 1 }))
     }
 }
 
@@ -54,7 +57,7 @@ impl Check {
 const SAMPLE_ROWS: usize = 2_000;
 
 /// The tables that can be captured; for each other one, a problem.
-fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
+fn tables(loaded: &Loaded, problems: &mut Vec<Error>, left_out: &mut BTreeSet<Arc<str>>) -> Vec<StateTable> {
     let mut tables = Vec::new();
     for source in &loaded.config.sources {
         match shori_sqlite::inspect(&assemble::sqlite_config(loaded, source)) {
@@ -62,7 +65,10 @@ fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
                 tables.extend(
                     inspected.captures.into_iter().map(|info| StateTable { capture: info.id, schema: info.schema }),
                 );
-                problems.extend(inspected.failed.into_iter().map(|(_, error)| error));
+                for (id, error) in inspected.failed {
+                    left_out.insert(id.instance);
+                    problems.push(error);
+                }
             }
             Err(error) => problems.push(error),
         }
@@ -71,10 +77,17 @@ fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
 }
 
 /// Binds every projection's query and tries it, in a database of its own.
-async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<Error>) -> Result<()> {
+async fn projections(
+    loaded: &Loaded,
+    tables: &[StateTable],
+    left_out: &BTreeSet<Arc<str>>,
+    problems: &mut Vec<Error>,
+) -> Result<()> {
     let mut projections = BTreeMap::new();
     for configured in &loaded.config.projections {
         match assemble::projection(loaded, configured) {
+            // Of a table that cannot be captured, enough has been told.
+            Ok(projection) if projection.tables().iter().any(|table| left_out.contains(table)) => {}
             Ok(projection) => drop(projections.insert(configured.name.clone(), projection)),
             Err(error) => problems.push(error),
         }

@@ -21,12 +21,11 @@ fn a_source_that_is_no_database_is_told() {
     std::fs::create_dir(world.path("folder")).unwrap();
     world.put("notes.txt", &"only words ".repeat(1000));
     for verb in verbs {
-        let usage = if verb == ["check"] { 1 } else { 2 };
         world.configure(&missing);
-        world.shori(verb).tells(usage, &["none.db", "does not exist", "correct the path"]);
+        world.shori(verb).tells(2, &["none.db", "does not exist", "correct the path"]);
         assert!(!world.path("none.db").exists(), "it is not created");
         world.configure(&directory);
-        world.shori(verb).tells(usage, &["folder", "it is a directory", "give the path of the file"]);
+        world.shori(verb).tells(2, &["folder", "it is a directory", "give the path of the file"]);
         world.configure(&text);
         world.shori(verb).tells(1, &["notes.txt", "not a database", "give the path of a SQLite database"]);
     }
