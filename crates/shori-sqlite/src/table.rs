@@ -137,8 +137,11 @@ fn kind_of(connection: &Connection, name: &str) -> Result<bool> {
     let found = connection.query_row(query, [name], row).optional().map_err(fail)?;
     match found {
         Some((kind, without_rowid)) if kind == "table" => Ok(without_rowid),
-        Some((kind, _)) => Err(refused(name, format!("it is a {kind}, which has no triggers after each row"))
-            .with_remedy("capture the tables behind it")),
+        Some((kind, _)) => {
+            let what = if kind == "view" { kind } else { format!("{kind} table") };
+            Err(refused(name, format!("it is a {what}, which has no triggers after each row"))
+                .with_remedy("capture the tables behind it"))
+        }
         None => Err(refused(name, "there is no such table".into())
             .with_remedy("create it, or take it out of the configuration")),
     }

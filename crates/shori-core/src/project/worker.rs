@@ -141,7 +141,9 @@ impl Projector {
             if found.is_empty() {
                 let cause = format!("table {table} is not captured");
                 return Err(Error::new(ErrorKind::Projection, "build", format!("projection {name}"), cause)
-                    .with_remedy(format!("add {table} to the tables of a source")));
+                    .with_remedy(format!(
+                        "add {table} to the tables of a source; if it is there, shori check tells why it cannot be captured"
+                    )));
             }
             captures.extend(found.iter().map(|state| state.capture.clone()));
         }
@@ -201,7 +203,7 @@ impl Projector {
         let reason = error.to_string();
         for waiting in worker.waiting.drain(..) {
             // A receiver that has gone away no longer wants the answer.
-            let _ = waiting.send(Err(Error::new(error.kind(), error.operation(), error.object(), reason.clone())));
+            let _ = waiting.send(Err(Error::repeated(error.kind(), reason.clone())));
         }
         if worker.failure.as_ref() == Some(&reason) {
             return;

@@ -9,11 +9,12 @@ use shori_core::{Error, ErrorKind, Result};
 use super::Which;
 use crate::assemble;
 use crate::config::Loaded;
+use crate::control::Client;
 
 /// Make a source ready for capture: install the change table and the triggers. May be repeated.
 ///
 /// A trigger holds a table: SQLite refuses to drop a column that one names. --release frees the table; the next run
-/// captures it again.
+/// captures it again. The pipeline must be stopped for it.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  shori init --dir demo --sample\n  shori init -c shori.toml\n  shori init -c shori.toml --release orders"
@@ -36,6 +37,11 @@ impl Init {
             let unknown = || loaded.wrong(&format!("table {table}"), "no source has that table");
             let source =
                 loaded.config.sources.iter().find(|source| source.tables.contains_key(table)).ok_or_else(unknown)?;
+            if Client::connect(&loaded.state_directory()).is_some() {
+                let cause = "the pipeline runs, and would capture it again at once";
+                return Err(Error::new(ErrorKind::InUse, "release", format!("table {table}"), cause)
+                    .with_remedy("stop the pipeline first"));
+            }
             shori_sqlite::release(&loaded.resolve(&source.path), table)?;
             eprintln!("table {table} is free; the next run captures it again");
             return Ok(ExitCode::SUCCESS);
@@ -43,8 +49,11 @@ impl Init {
         if self.sample {
             sample(&loaded)?;
         }
-        install(&loaded)?;
-        Ok(ExitCode::SUCCESS)
+        let failed = install(&loaded)?;
+        for error in &failed {
+            eprintln!("error: {error}");
+        }
+        Ok(ExitCode::from(u8::from(!failed.is_empty())))
     }
 }
 
@@ -67,12 +76,16 @@ pub fn sample(loaded: &Loaded) -> Result<()> {
     Ok(())
 }
 
-/// Installs capture on every source.
-pub fn install(loaded: &Loaded) -> Result<()> {
+/// Installs capture on every source; returns why tables cannot be captured.
+fn install(loaded: &Loaded) -> Result<Vec<Error>> {
+    let mut failed = Vec::new();
     for source in &loaded.config.sources {
-        shori_sqlite::install(&assemble::sqlite_config(loaded, source))?;
-        let tables: Vec<&str> = source.tables.keys().map(String::as_str).collect();
-        eprintln!("{} captures {}", loaded.resolve(&source.path).display(), tables.join(", "));
+        let installed = shori_sqlite::install(&assemble::sqlite_config(loaded, source))?;
+        let mut tables: Vec<&str> = installed.captures.iter().map(|info| &*info.id.instance).collect();
+        tables.sort_unstable();
+        let tables = if tables.is_empty() { "no table".into() } else { tables.join(", ") };
+        eprintln!("{} captures {tables}", loaded.resolve(&source.path).display());
+        failed.extend(installed.failed.into_iter().map(|(_, error)| error));
     }
-    Ok(())
+    Ok(failed)
 }

@@ -152,6 +152,56 @@ fn a_table_that_cannot_be_captured_stops_itself_only() {
 }
 
 #[test]
+fn a_table_that_cannot_be_captured_beside_good_ones_is_an_error_at_the_end() {
+    let source = format!("{SOURCE}\ncreate table loose (name text); create virtual table words using fts5(word);");
+    let mut world = World::configured(CONFIGURATION, &FILES, &source);
+    let more = "[source.tables.others]\n[source.tables.loose]";
+    world.configure(&CONFIGURATION.replace("[source.tables.others]", more));
+    let done = world.shori(&["init"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.err.contains("captures others, things\n"), "{done:?}");
+    assert_eq!(done.err.matches("error: cannot capture table loose: ").count(), 1, "{done:?}");
+    for _ in 0..2 {
+        world.shori(&["run", "--once"]).tells(1, &["table loose", "no key"]);
+        assert_eq!(names(&world), ["one", "two"], "its neighbours are captured");
+    }
+    let loose = "\n[[projection]]\nname = \"loose_latest\"\nkind = \"latest\"\ntable = \"loose\"\n";
+    world.configure(&format!("{}{loose}", CONFIGURATION.replace("[source.tables.others]", more)));
+    world.shori(&["check"]).tells(1, &["table loose", "no key"]);
+    let done = world.shori(&["run", "--once"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    let lines: Vec<&str> = done.err.lines().collect();
+    assert_eq!(lines.len(), 2, "{done:?}");
+    assert!(lines[0].contains("no key") && lines[1].contains("shori check tells why"), "{done:?}");
+    assert_eq!(lines[1].matches("projection loose_latest").count(), 1, "{done:?}");
+    world.configure(&CONFIGURATION.replace("[source.tables.others]", "[source.tables.others]\n[source.tables.words]"));
+    world.shori(&["check"]).tells(1, &["table words", "it is a virtual table, which"]);
+}
+
+#[test]
+fn a_pipeline_in_a_folder_with_a_long_path_is_reached() {
+    let mut world = small();
+    let long = "a-folder-whose-name-is-long/".repeat(6);
+    world.configure(&CONFIGURATION.replace("name = \"small\"", &format!("name = \"small\"\ndir = \"{long}\"")));
+    let mut running = world.start(&["run"]);
+    let state = world.path(&long).join(".shori");
+    until("the socket", || {
+        running.assert_running();
+        shori::control::Client::connect(&state)
+    });
+    until("its answer", || {
+        let done = world.shori(&["query", "select count(*) as count from things_latest"]);
+        (done.status == Some(0) && done.out.contains('2')).then_some(())
+    });
+    world.shori(&["init", "--release", "things"]).tells(1, &["table things", "stop the pipeline first"]);
+    running.stop();
+    assert!(!state.join("socket").exists());
+    world.succeed(&["init", "--release", "things"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
+}
+
+#[test]
 fn a_projection_over_a_table_without_a_key_tells_and_holds_nobody_up() {
     let loose = "\n[[projection]]\nname = \"loose_latest\"\nkind = \"latest\"\ntable = \"loose\"\n";
     let source = format!("{SOURCE}\ncreate table loose (name text);");
