@@ -36,7 +36,7 @@ impl Rebuild {
         if known().any(|name| name == self.projection) {
             return Ok(());
         }
-        let cause = format!("no [[projection]] has that name{}", nearest(&self.projection, known()));
+        let cause = format!("there is none of that name{}", nearest(&self.projection, known()));
         Err(loaded.wrong(&format!("projection {}", self.projection), &cause))
     }
 }

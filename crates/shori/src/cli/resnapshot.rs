@@ -42,7 +42,7 @@ impl Resnapshot {
         if known().any(|name| name.eq_ignore_ascii_case(&self.table)) {
             return Ok(());
         }
-        let cause = format!("no [source.tables] has that name{}", nearest(&self.table, known()));
+        let cause = format!("it is not captured{}", nearest(&self.table, known()));
         Err(loaded.wrong(&format!("table {}", self.table), &cause))
     }
 }
