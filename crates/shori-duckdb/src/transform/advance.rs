@@ -215,38 +215,47 @@ fn find_rows(session: &Session, table: &Table, whole: bool) -> Result<()> {
 /// Drops snapshot images that equal the row that stands where they come. Returns whether there were any.
 fn drop_known(session: &Session, staged: &mut Staged, several: bool) -> Result<bool> {
     let (table, rows) = (&staged.table, staged.table.staged());
-    let found = format!("{} and f.__row is not null", table.same_row("i", "f"));
-    let known = if several {
-        format!(
-            "select i.__n from (
-                 select *, lag(__n) over (partition by {} order by __n) as __previous from {rows}
-             ) i
-             left join {rows} p on p.__n = i.__previous
-             left join step_found f on {}
-             where i.__op = 0
-                 and case when i.__previous is null then {found} else p.{LEAVES_ROW} and {} end",
-            table.keys(""),
-            table.key_match("i", "f"),
+    let columns = format!("i.__n, {}, i.__generation, i.__capture, f.__generation as __standing", table.keys("i"));
+    let (of_key, stands) = (table.key_match("i", "f"), table.same_row("i", "f"));
+    let mut known =
+        format!("select {columns} from {rows} i join step_found f on {of_key} where i.__op = 0 and {stands}");
+    if several {
+        // What comes before an image in the step itself is found by narrow rows: whole ones would not fit into memory
+        // beside the joins.
+        session.run(&format!(
+            "create or replace temp table step_previous as
+             select __n, __previous from (
+                 select __n, __op, lag(__n) over (partition by {} order by __n) as __previous from {rows}
+             ) where __op = 0 and __previous is not null",
+            table.keys("")
+        ))?;
+        session.run(&format!(
+            "create or replace temp table step_known_here as
+             select {columns}
+             from step_previous v join {rows} i on i.__n = v.__n join {rows} p on p.__n = v.__previous
+             left join step_found f on {of_key}
+             where p.{LEAVES_ROW} and {}",
             table.same_row("i", "p"),
-        )
-    } else {
-        format!(
-            "select i.__n from {rows} i join step_found f on {} where i.__op = 0 and {found}",
-            table.key_match("i", "f")
-        )
-    };
+        ))?;
+        known = format!(
+            "select * from ({known}) s where s.__n not in (select __n from step_previous)
+             union all select * from step_known_here"
+        );
+    }
     let count = session.made(&format!("create or replace temp table step_known as {known}"))?;
     if count == 0 {
         return Ok(false);
     }
     session.run(&format!(
-        "insert into {} select distinct {}, r.__generation, r.__capture
-         from {rows} r semi join step_known k on r.__n = k.__n
-         join step_found f on {} and f.__generation < r.__generation;
-         delete from {rows} where __n in (select __n from step_known)",
+        "insert into {} select {}, __generation, __capture from step_known where __standing < __generation",
         table.seen(),
-        table.keys("r"),
-        table.key_match("r", "f"),
+        table.keys(""),
+    ))?;
+    // A snapshot of a table that is known already leaves next to nothing: what is left is put anew, since deletions of
+    // most rows would take more memory than the rows.
+    session.run(&format!(
+        "create or replace temp table {name} as select r.* from {rows} r anti join step_known k on r.__n = k.__n",
+        name = rows.trim_start_matches("temp.main."),
     ))?;
     staged.rows -= count;
     Ok(true)
