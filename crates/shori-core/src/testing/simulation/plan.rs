@@ -28,7 +28,7 @@ pub struct Size {
 }
 
 impl Size {
-    pub const FULL: Size = Size { transactions: 50, workers: 2, large_transaction: 24, checks: 100 };
+    pub const FULL: Size = Size { transactions: 50, workers: 2, large_transaction: 24, checks: 60 };
     /// For parts that take a thousand times as long as memory does.
     pub const SMALL: Size = Size { transactions: 12, workers: 1, large_transaction: 8, checks: 20 };
 }
