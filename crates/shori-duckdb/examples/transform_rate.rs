@@ -303,7 +303,7 @@ impl tracing::field::Visit for Statement {
 
 impl tracing::Subscriber for Profile {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.target() == "shori_duckdb::transform::sql"
+        metadata.target() == "shori_duckdb::sql"
     }
 
     fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {

@@ -3,14 +3,15 @@
 //! The instance itself is in memory; files are attached by name. A transaction may write to one attached file only, so
 //! store and transform use connections of their own.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::freed_memory::{self, Watch};
+use crate::scattered::{Due, Scattered, vectors_of};
 
 /// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
 /// enough for a quick start after a crash.
@@ -24,12 +25,6 @@ const JOIN_VALUES_MAX: usize = 8_192;
 /// undone; where there is no room for it, DuckDB gives up the whole instance.
 const RESERVE_MIB: u64 = 64;
 
-/// Scattered deletions in a catalog after which it is checkpointed. Until then DuckDB keeps 16 KiB for each vector of rows
-/// that lost one, which it can neither spill nor evict: without a bound, they come to fill the memory of the instance.
-const SCATTERED_MAX: u64 = 40_000;
-/// A checkpoint that has been due so many times over is waited for.
-const OVERDUE: u64 = 3;
-
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -42,6 +37,11 @@ pub struct Settings {
     pub inline: bool,
 }
 
+/// How often a checkpoint is tried that has to be made, before it is forced: forcing keeps a core busy while it waits for
+/// those who write, and holds up all who would begin.
+const ATTEMPTS: u32 = 200;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(10);
+
 /// A handle to the instance; clones share it.
 #[derive(Clone)]
 pub struct Database {
@@ -49,8 +49,7 @@ pub struct Database {
     memory_limit_mib: u64,
     /// How many may use the reserve just now.
     using_reserve: Arc<Mutex<usize>>,
-    /// Scattered deletions since the last checkpoint, by catalog.
-    scattered: Arc<Mutex<BTreeMap<String, u64>>>,
+    scattered: Arc<Mutex<Scattered>>,
     inline: bool,
     _freed_memory: Option<Arc<Watch>>,
 }
@@ -77,7 +76,7 @@ impl Database {
             root: Arc::new(Mutex::new(root)),
             memory_limit_mib: settings.memory_limit_mib,
             using_reserve: Arc::default(),
-            scattered: Arc::default(),
+            scattered: Arc::new(Mutex::new(Scattered::new(settings.memory_limit_mib))),
             inline: settings.inline,
             _freed_memory: watch.map(Arc::new),
         })
@@ -134,40 +133,47 @@ impl Database {
         self.with_reserve(|| connection.execute_batch("rollback"))
     }
 
-    /// Takes note of committed deletions that may lie anywhere in the tables of `catalog`, and checkpoints it when there
-    /// have been many. Only outside of a transaction. While others write, a checkpoint has to wait for the next time, but
-    /// not for ever.
-    pub(crate) fn deleted(&self, connection: &Connection, catalog: &str, count: u64) {
-        let sum = {
-            let mut scattered = self.scattered.lock().unwrap_or_else(PoisonError::into_inner);
-            let sum = scattered.entry(catalog.to_string()).or_default();
-            *sum += count;
-            *sum
-        };
-        if sum > SCATTERED_MAX {
-            self.checkpoint(connection, catalog, sum > SCATTERED_MAX * OVERDUE);
+    /// Takes note that a committed transaction has deleted from at most so many vectors of a table of `catalog`.
+    pub(crate) fn deleted(&self, catalog: &str, table: &str, vectors: u64) {
+        self.scattered().add(catalog, table, vectors);
+    }
+
+    /// Checkpoints `catalog` if deletions make that due; while others write, it has to wait for another time, but not for
+    /// ever. Only outside of a transaction.
+    pub(crate) fn checkpoint_if_due(&self, connection: &Connection, catalog: &str) {
+        let due = self.scattered().due(catalog, |table| vectors_of(connection, catalog, table));
+        if due != Due::No {
+            self.checkpoint(connection, catalog, due == Due::Overdue);
         }
     }
 
     /// After something has failed for want of memory: checkpoints what holds some, so that trying again may succeed. Only
     /// outside of a transaction.
     pub(crate) fn relieve(&self, connection: &Connection) {
-        let held = self.scattered.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        for (catalog, _) in held.into_iter().filter(|(_, count)| *count > 0) {
+        let catalogs = self.scattered().catalogs();
+        for catalog in catalogs {
             self.checkpoint(connection, &catalog, true);
         }
     }
 
     /// With `wait`, those who write are waited for; where calls share one thread, they would wait for this one.
     fn checkpoint(&self, connection: &Connection, catalog: &str, wait: bool) {
-        let force = if wait && !self.inline { "force " } else { "" };
-        let checkpoint = format!("{force}checkpoint {}", quote_name(catalog));
-        match self.with_reserve(|| connection.execute_batch(&checkpoint)) {
-            Ok(()) => {
-                self.scattered.lock().unwrap_or_else(PoisonError::into_inner).remove(catalog);
+        let attempts = if wait && !self.inline { ATTEMPTS } else { 1 };
+        for attempt in 1..=attempts {
+            let force = if attempt == ATTEMPTS { "force " } else { "" };
+            let checkpoint = format!("{force}checkpoint {}", quote_name(catalog));
+            match self.with_reserve(|| traced(&checkpoint, || connection.execute_batch(&checkpoint))) {
+                Ok(()) => return self.scattered().clear(catalog),
+                Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
             }
-            Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
+            if attempt < attempts {
+                std::thread::sleep(ATTEMPT_PAUSE);
+            }
         }
+    }
+
+    fn scattered(&self) -> MutexGuard<'_, Scattered> {
+        self.scattered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -201,6 +207,14 @@ impl Database {
             Err(cause) => Err(Error::new(ErrorKind::Internal, "finish", "a DuckDB call", cause)),
         }
     }
+}
+
+/// Runs a statement, and tells how long it took to those who trace `shori_duckdb::sql`.
+pub(crate) fn traced<T>(sql: &str, run: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let outcome = run();
+    tracing::trace!(target: "shori_duckdb::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
+    outcome
 }
 
 /// `"name"`, safe in a statement.

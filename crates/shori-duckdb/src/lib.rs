@@ -2,6 +2,7 @@
 
 pub mod database;
 mod freed_memory;
+mod scattered;
 pub mod store;
 pub mod transform;
 mod types;

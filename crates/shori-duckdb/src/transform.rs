@@ -254,7 +254,8 @@ fn apply(session: &Session, shared: &Shared, legs: &[Leg], mut staging: Staging)
     for staged in staging.tables.values() {
         session.run(&format!("drop table if exists {}", staged.table.staged()))?;
     }
-    session.deleted_from_vectors(staging.tables.values().map(|staged| staged.deleted_from).sum());
+    let deleted = staging.tables.values().map(|staged| (staged.table.state_name(), staged.deleted_from));
+    session.deleted_from_vectors(deleted);
     Ok(Advanced { rows: staging.rows })
 }
 

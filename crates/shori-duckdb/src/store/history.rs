@@ -12,9 +12,10 @@ use shori_core::store::OutputKind;
 use shori_core::{Error, ErrorKind, Result};
 
 use super::layout;
-use super::output::{Step, create_temporary, load_rows};
+use super::output::{Step, Written, create_temporary, load_rows};
 use super::session::{Session, blob_literal, now, text, time, time_type};
 use crate::database::quote_name;
+use crate::scattered::VECTOR_ROWS;
 
 const VERSIONS: &str = "shori_versions";
 const CLOSES: &str = "shori_closes";
@@ -94,29 +95,31 @@ impl Versions {
         Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), arrays)?)
     }
 
-    /// Closes, replaces and inserts what has been loaded; returns the rows written.
-    pub fn apply(&self, session: &Session, step: &Step) -> Result<u64> {
-        let mut rows = (self.next_key - self.first_key) as u64;
+    /// Closes, replaces and inserts what has been loaded.
+    pub fn apply(&self, session: &Session, step: &Step) -> Result<Written> {
+        let mut written = Written { rows: (self.next_key - self.first_key) as u64, deleted: 0 };
         let mut next_key = self.next_key;
         if self.has_closes {
-            rows += self.close(session, step)?;
+            let closed = self.close(session, step)?;
+            written = Written { rows: written.rows + closed.rows, deleted: closed.deleted };
             session.batch(&format!("drop table temp.{CLOSES}"), CLOSES)?;
         }
         if step.kind == OutputKind::ReplaceVersions && !self.direct {
-            rows += self.replace(session, step, &mut next_key)?;
+            let replaced = self.replace(session, step, &mut next_key)?;
+            written = Written { rows: written.rows + replaced.rows, deleted: written.deleted + replaced.deleted };
         }
         if next_key != self.first_key {
             let values = [Value::BigInt(next_key), text(&step.target.projection)];
             session.execute(UPDATE_NEXT_KEY, &values, &step.target.projection)?;
         }
-        Ok(rows)
+        Ok(written)
     }
 
     /// Versions of this very output are never closed by it, whatever the order in which its parts came.
     ///
     /// Rows are taken out and put back, closed. An update in place keeps 24 KiB in memory for each column of each vector of
     /// rows that it meets, until the next checkpoint, and that one writes those columns anew.
-    fn close(&self, session: &Session, step: &Step) -> Result<u64> {
+    fn close(&self, session: &Session, step: &Step) -> Result<Written> {
         let object = &step.target.projection;
         let table = quote_name(object);
         let sql = format!(
@@ -131,18 +134,21 @@ impl Versions {
         let sql = format!("delete from {table} where rowid in (select shori_row from temp.{CLOSED})");
         session.execute(&sql, &[], object)?;
         let sql = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
-        let closed = session.execute(&sql, &[], object)?;
+        let rows = session.execute(&sql, &[], object)?;
+        let vectors = format!("select count(distinct shori_row // {VECTOR_ROWS}) from temp.{CLOSED}");
+        let deleted = session.number(&vectors, CLOSED)? as u64;
         session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;
-        Ok(closed)
+        Ok(Written { rows, deleted })
     }
 
-    fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<u64> {
+    fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<Written> {
         let object = &step.target.projection;
         let table = quote_name(object);
         let horizon = blob_literal(step.horizon.lsn.as_slice());
         if !self.has_versions {
             let sql = format!("delete from {table} where __source_lsn > {horizon}");
-            return session.execute(&sql, &[], object);
+            let deleted = session.execute(&sql, &[], object)?;
+            return Ok(Written { rows: deleted, deleted });
         }
         let same = format!("{} and {table}.__source_lsn = l.__source_lsn", step.same_key(&table, "l"));
         let sql = format!(
@@ -150,12 +156,12 @@ impl Versions {
              from temp.{VERSIONS} as l where {same} \
              and ({table}.valid_to is distinct from l.valid_to or {table}.is_current is distinct from l.is_current)"
         );
-        let mut rows = session.execute(&sql, &[time(self.written_at)], object)?;
+        let updated = session.execute(&sql, &[time(self.written_at)], object)?;
         let sql = format!(
             "delete from {table} where {table}.__source_lsn > {horizon} \
              and not exists (select 1 from temp.{VERSIONS} l where {same})"
         );
-        rows += session.execute(&sql, &[], object)?;
+        let deleted = session.execute(&sql, &[], object)?;
         let names = || step.target.columns.fields().iter().map(|field| field.name());
         let columns: Vec<String> = names().map(|name| quote_name(&layout::history_column(name))).collect();
         let columns = columns.join(", ");
@@ -170,6 +176,7 @@ impl Versions {
         let inserted = session.execute(&sql, &values, object)?;
         *next_key += inserted as i64;
         session.batch(&format!("drop table temp.{VERSIONS}"), VERSIONS)?;
-        Ok(rows + inserted)
+        // An update in place counts as much as a deletion: its old values are kept, too.
+        Ok(Written { rows: updated + deleted + inserted, deleted: updated + deleted })
     }
 }

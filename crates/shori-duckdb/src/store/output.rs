@@ -101,6 +101,15 @@ pub(super) struct OpenOutput {
     versions: Option<Versions>,
 }
 
+/// What a commit did to its target.
+#[derive(Default)]
+pub(super) struct Written {
+    /// Rows that are other than before, or gone.
+    pub rows: u64,
+    /// Vectors of it that lost rows, at most.
+    pub deleted: u64,
+}
+
 /// Which temporary tables stand, and how rows come into the target.
 #[derive(Default)]
 struct Loads {
@@ -224,10 +233,8 @@ impl OpenOutput {
 
     pub fn finish(self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Committed> {
         match self.finish_once() {
-            Ok(rows) => {
-                if !self.loads.direct || self.versions.is_some() {
-                    self.session.deleted(rows);
-                }
+            Ok(Written { rows, deleted }) => {
+                self.session.deleted(&self.step.target.projection, deleted);
                 self.session.give_back();
                 Ok(Committed::Applied { rows })
             }
@@ -239,11 +246,11 @@ impl OpenOutput {
         }
     }
 
-    fn finish_once(&self) -> Result<u64> {
+    fn finish_once(&self) -> Result<Written> {
         let (session, step) = (&self.session, &self.step);
-        let rows = match (&self.versions, step.kind) {
+        let written = match (&self.versions, step.kind) {
             (Some(versions), _) => versions.apply(session, step)?,
-            (None, _) if self.loads.direct => self.loads.direct_rows,
+            (None, _) if self.loads.direct => Written { rows: self.loads.direct_rows, deleted: 0 },
             (None, OutputKind::Replace) => self.replace()?,
             (None, _) => self.merge()?,
         };
@@ -265,10 +272,10 @@ impl OpenOutput {
             }
         }
         session.batch("commit", table)?;
-        Ok(rows)
+        Ok(written)
     }
 
-    fn merge(&self) -> Result<u64> {
+    fn merge(&self) -> Result<Written> {
         let (session, step) = (&self.session, &self.step);
         let table = quote_name(&step.target.projection);
         let key = step.target.key.iter().map(|name| quote_name(name)).collect::<Vec<_>>().join(", ");
@@ -278,32 +285,35 @@ impl OpenOutput {
             .filter(|(stands, _)| *stands)
             .map(|(_, name)| format!("select {key} from temp.{name}"))
             .collect();
-        let mut rows = 0;
+        let mut written = Written::default();
         // The target is searched once for what goes and for what is replaced.
         if !keys.is_empty() {
             let same_key = step.same_key(&table, "l");
             let sql = format!("delete from {table} using ({}) as l where {same_key}", keys.join(" union all "));
-            rows = session.execute(&sql, &[], &step.target.projection)?.min(self.loads.delete_rows);
+            written.deleted = session.execute(&sql, &[], &step.target.projection)?;
+            written.rows = written.deleted.min(self.loads.delete_rows);
         }
         if self.loads.has_upserts {
             let columns = column_list(&step.target);
             let sql = format!("insert into {table} ({columns}) select {columns} from temp.{UPSERTS}");
-            rows += session.execute(&sql, &[], &step.target.projection)?;
+            written.rows += session.execute(&sql, &[], &step.target.projection)?;
         }
-        Ok(rows)
+        Ok(written)
     }
 
     /// Writes only what differs, so that a recomputed result that is the same costs no writes.
-    fn replace(&self) -> Result<u64> {
+    fn replace(&self) -> Result<Written> {
         let (session, step) = (&self.session, &self.step);
         let object = &step.target.projection;
         let table = quote_name(object);
         if !self.loads.has_upserts {
-            return session.execute(&format!("delete from {table}"), &[], object);
+            let deleted = session.execute(&format!("delete from {table}"), &[], object)?;
+            return Ok(Written { rows: deleted, deleted });
         }
         let same_key = step.same_key(&table, "l");
         let found = format!("exists (select 1 from temp.{UPSERTS} l where {same_key}");
-        let mut rows = session.execute(&format!("delete from {table} where not {found})"), &[], object)?;
+        let gone = session.execute(&format!("delete from {table} where not {found})"), &[], object)?;
+        let mut written = Written { rows: gone, deleted: gone };
         let key = &step.target.key;
         let rest = step.target.columns.fields().iter().filter(|field| !key.contains(field.name()));
         let differs: Vec<String> = rest
@@ -313,15 +323,15 @@ impl OpenOutput {
         if !differs.is_empty() {
             let differs = differs.join(" or ");
             let sql = format!("delete from {table} using temp.{UPSERTS} as l where {same_key} and ({differs})");
-            session.execute(&sql, &[], object)?;
+            written.deleted += session.execute(&sql, &[], object)?;
         }
         let columns = column_list(&step.target);
         let sql = format!(
             "insert into {table} ({columns}) select {columns} from temp.{UPSERTS} as l \
              where not exists (select 1 from {table} where {same_key})"
         );
-        rows += session.execute(&sql, &[], object)?;
-        Ok(rows)
+        written.rows += session.execute(&sql, &[], object)?;
+        Ok(written)
     }
 }
 

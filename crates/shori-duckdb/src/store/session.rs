@@ -12,7 +12,7 @@ use duckdb::types::Value;
 use shori_core::position::{Micros, Position};
 use shori_core::{Error, ErrorKind, Result};
 
-use crate::database::{Database, duckdb_error};
+use crate::database::{Database, duckdb_error, traced};
 
 /// Connections that wait for use at most; more are closed.
 const IDLE_CONNECTIONS_MAX: usize = 4;
@@ -60,8 +60,9 @@ impl Session {
         &self.sessions.catalog
     }
 
-    /// Gives the connection back. Only outside of a transaction.
+    /// Gives the connection back. Only outside of a transaction: a checkpoint that is due is made before.
     pub fn give_back(self) {
+        self.sessions.database.checkpoint_if_due(&self.connection, &self.sessions.catalog);
         let mut idle = self.sessions.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE_CONNECTIONS_MAX {
             idle.push(self.connection);
@@ -69,14 +70,14 @@ impl Session {
     }
 
     pub fn batch(&self, sql: &str, object: &str) -> Result<()> {
-        self.connection.execute_batch(sql).map_err(|cause| duckdb_error("write", object, cause))
+        traced(sql, || self.connection.execute_batch(sql)).map_err(|cause| duckdb_error("write", object, cause))
     }
 
     /// Planned anew at each call, as in [`rows`](Session::rows): a kept plan has the statistics of the tables as they
     /// were when it was made built into it, so that later it gives rows and counts that are not there.
     pub fn execute(&self, sql: &str, values: &[Value], object: &str) -> Result<u64> {
         let run = || self.connection.prepare(sql)?.execute(duckdb::params_from_iter(values));
-        run().map(|rows| rows as u64).map_err(|cause| duckdb_error("write", object, cause))
+        traced(sql, run).map(|rows| rows as u64).map_err(|cause| duckdb_error("write", object, cause))
     }
 
     pub fn rows<T>(
@@ -90,7 +91,7 @@ impl Session {
             let mut statement = self.connection.prepare(sql)?;
             statement.query_map(duckdb::params_from_iter(values), read)?.collect()
         };
-        run().map_err(|cause| duckdb_error("read", object, cause))
+        traced(sql, run).map_err(|cause| duckdb_error("read", object, cause))
     }
 
     /// The count or other number that `sql` gives.
@@ -120,9 +121,9 @@ impl Session {
         }
     }
 
-    /// Tells that committed work has taken the place of at most so many rows.
-    pub fn deleted(&self, count: u64) {
-        self.sessions.database.deleted(&self.connection, &self.sessions.catalog, count);
+    /// Tells that committed work has deleted rows from so many vectors of `table`, at most.
+    pub fn deleted(&self, table: &str, vectors: u64) {
+        self.sessions.database.deleted(&self.sessions.catalog, table, vectors);
     }
 
     /// Ends what is begun, if anything is: a failed commit has ended it already.

@@ -17,9 +17,7 @@ use super::resolve;
 use super::session::Session;
 use super::staging::{Leg, Staged};
 use super::tables::{LSN_PARTS, Table, comma, lsn_literals, lsn_parts};
-
-/// Rows of one of DuckDB's vectors.
-const VECTOR_ROWS: i64 = 2_048;
+use crate::scattered::VECTOR_ROWS;
 
 /// What is kept of a step for projections, beside state.
 #[derive(Clone, Copy)]

@@ -1,19 +1,14 @@
 //! A connection of the transform, and transactions on it.
 
-use std::time::Instant;
-
 use duckdb::Connection;
 use shori_core::{Error, Result};
 
-use crate::database::{Database, duckdb_error, is_out_of_memory};
+use crate::database::{Database, duckdb_error, is_out_of_memory, traced};
 
 /// The attached cache file.
 pub(super) const CACHE: &str = "cache";
 /// A catalog in memory for what need not survive: outputs being read, rows of touched entities, names for queries.
 pub(super) const WORK: &str = "cache_work";
-
-/// Deletions of which only the vectors are counted weigh more: every one of them takes memory.
-const DELETIONS_PER_VECTOR: u64 = 20;
 
 const OBJECT: &str = "the state cache";
 
@@ -28,19 +23,13 @@ impl Session {
     }
 
     pub fn run(&self, sql: &str) -> Result<()> {
-        let started = Instant::now();
-        let outcome = self.connection.execute_batch(sql).map_err(|cause| failure("update", cause));
-        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
-        outcome
+        traced(sql, || self.connection.execute_batch(sql)).map_err(|cause| failure("update", cause))
     }
 
     /// Runs one statement that makes or changes rows, and returns how many.
     pub fn made(&self, sql: &str) -> Result<i64> {
-        let started = Instant::now();
         // The count is the statement's only row: that of a table being created is not told as rows changed.
-        let outcome = self.connection.query_row(sql, [], |row| row.get(0)).map_err(|cause| failure("update", cause));
-        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
-        outcome
+        traced(sql, || self.connection.query_row(sql, [], |row| row.get(0))).map_err(|cause| failure("update", cause))
     }
 
     /// The single number that a query gives; null is 0.
@@ -49,15 +38,13 @@ impl Session {
     }
 
     pub fn optional_number(&self, sql: &str) -> Result<Option<i64>> {
-        let started = Instant::now();
-        let outcome = self.connection.query_row(sql, [], |row| row.get::<_, Option<i64>>(0));
-        tracing::trace!(target: "shori_duckdb::transform::sql", elapsed_us = started.elapsed().as_micros() as u64, sql);
-        outcome.map_err(|cause| failure("read", cause))
+        let read = || self.connection.query_row(sql, [], |row| row.get::<_, Option<i64>>(0));
+        traced(sql, read).map_err(|cause| failure("read", cause))
     }
 
     /// All rows of a query, each made by `make`.
     pub fn rows<T>(&self, sql: &str, mut make: impl FnMut(&duckdb::Row<'_>) -> duckdb::Result<T>) -> Result<Vec<T>> {
-        let mut read = || {
+        let read = || {
             let mut statement = self.connection.prepare(sql)?;
             let mut rows = statement.query([])?;
             let mut made = Vec::new();
@@ -66,7 +53,7 @@ impl Session {
             }
             Ok(made)
         };
-        read().map_err(|cause| failure("read", cause))
+        traced(sql, read).map_err(|cause| failure("read", cause))
     }
 
     /// Makes room if memory ran out. Only outside of a transaction.
@@ -83,9 +70,12 @@ impl Session {
         self.run(&format!("use {CACHE}"))
     }
 
-    /// Tells that committed work has deleted rows from so many vectors of large tables.
-    pub fn deleted_from_vectors(&self, count: i64) {
-        self.database.deleted(&self.connection, CACHE, count.max(0) as u64 * DELETIONS_PER_VECTOR);
+    /// Tells from how many vectors of tables of the cache committed work has deleted rows. Only outside of a transaction.
+    pub fn deleted_from_vectors(&self, deleted: impl IntoIterator<Item = (String, i64)>) {
+        for (table, vectors) in deleted {
+            self.database.deleted(CACHE, &table, vectors.max(0) as u64);
+        }
+        self.database.checkpoint_if_due(&self.connection, CACHE);
     }
 
     /// Runs `work` in a transaction: all of it, or nothing.

@@ -77,7 +77,12 @@ impl Table {
     }
 
     pub fn state(&self) -> String {
-        self.stored("state")
+        format!("{CACHE}.main.{}", quote_name(&self.state_name()))
+    }
+
+    /// As catalogs know it.
+    pub fn state_name(&self) -> String {
+        format!("state_{}", self.name)
     }
 
     /// What steps changed, before and after: for outputs that need only the difference.

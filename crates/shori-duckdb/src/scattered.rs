@@ -1,0 +1,127 @@
+//! Deletions that lie anywhere in large tables, and when they make a checkpoint due.
+//!
+//! Until a checkpoint, DuckDB keeps 16 KiB for each vector of rows that lost one, which it can neither spill nor evict:
+//! without a bound, they come to fill the memory of the instance.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use duckdb::Connection;
+
+/// Rows of one of DuckDB's vectors.
+pub(crate) const VECTOR_ROWS: u64 = 2_048;
+
+/// Memory that a vector takes once it has lost a row.
+const VECTOR_KIB: u64 = 16;
+
+/// Whether a checkpoint is due.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Due {
+    No,
+    WhenFree,
+    Overdue,
+}
+
+/// Vectors that lost rows since the last checkpoint, by catalog and table.
+pub(crate) struct Scattered {
+    tables: BTreeMap<(String, String), u64>,
+    /// From here on a checkpoint is made when nobody writes: half of the memory, since a large table that is changed all
+    /// over takes much by each of its commits, and a checkpoint after each would hold up everything.
+    due: u64,
+    /// From here on those who write are waited for.
+    overdue: u64,
+}
+
+impl Scattered {
+    pub fn new(memory_limit_mib: u64) -> Self {
+        let vectors = memory_limit_mib * 1024 / VECTOR_KIB;
+        Self { tables: BTreeMap::new(), due: vectors / 2, overdue: vectors * 5 / 8 }
+    }
+
+    pub fn add(&mut self, catalog: &str, table: &str, vectors: u64) {
+        if vectors > 0 {
+            *self.tables.entry((catalog.to_string(), table.to_string())).or_default() += vectors;
+        }
+    }
+
+    pub fn clear(&mut self, catalog: &str) {
+        self.tables.retain(|(known, _), _| known != catalog);
+    }
+
+    pub fn catalogs(&self) -> BTreeSet<String> {
+        self.tables.keys().map(|(catalog, _)| catalog.clone()).collect()
+    }
+
+    /// Whether `catalog` is the one to be checkpointed. A vector may have been counted many times: no table counts for more
+    /// than it has, which `vectors_of` tells.
+    pub fn due(&mut self, catalog: &str, vectors_of: impl Fn(&str) -> u64) -> Due {
+        if self.tables.values().sum::<u64>() <= self.due {
+            return Due::No;
+        }
+        for ((_, table), vectors) in self.tables.iter_mut().filter(|((known, _), _)| known == catalog) {
+            *vectors = (*vectors).min(vectors_of(table));
+        }
+        let sum: u64 = self.tables.values().sum();
+        let own: u64 = self.tables.iter().filter(|((known, _), _)| known == catalog).map(|(_, vectors)| vectors).sum();
+        match sum {
+            _ if own < sum - own => Due::No,
+            sum if sum > self.overdue => Due::Overdue,
+            sum if sum > self.due => Due::WhenFree,
+            _ => Due::No,
+        }
+    }
+}
+
+/// How many vectors a table has; where that cannot be told, any number.
+pub(crate) fn vectors_of(connection: &Connection, catalog: &str, table: &str) -> u64 {
+    let size = "select estimated_size from duckdb_tables()
+                where database_name = ? and schema_name = 'main' and table_name = ?";
+    match connection.query_row(size, [catalog, table], |row| row.get::<_, i64>(0)) {
+        Ok(rows) => rows.max(0) as u64 / VECTOR_ROWS + 1,
+        Err(cause) => {
+            tracing::debug!(%cause, table, "its size is not known");
+            u64::MAX
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Due above 1,024 vectors, overdue above 1,280.
+    fn scattered() -> Scattered {
+        Scattered::new(32)
+    }
+
+    #[test]
+    fn a_table_counts_for_no_more_vectors_than_it_has() {
+        let mut scattered = scattered();
+        (0..10).for_each(|_| scattered.add("serving", "small", 1_024));
+        scattered.add("serving", "large", 1_024);
+        assert_eq!(scattered.due("serving", |table| if table == "small" { 80 } else { 10_000 }), Due::WhenFree);
+        assert_eq!(scattered.due("serving", |_| 80), Due::No);
+    }
+
+    #[test]
+    fn a_checkpoint_that_waited_long_is_overdue_and_ends_the_count() {
+        let mut scattered = scattered();
+        for (vectors, due) in [(1_024, Due::No), (1, Due::WhenFree), (255, Due::WhenFree), (1, Due::Overdue)] {
+            scattered.add("serving", "large", vectors);
+            assert_eq!(scattered.due("serving", |_| u64::MAX), due, "{vectors} more");
+        }
+        assert_eq!(scattered.catalogs().len(), 1);
+        scattered.clear("serving");
+        assert_eq!(scattered.due("serving", |_| u64::MAX), Due::No);
+    }
+
+    #[test]
+    fn the_catalog_that_holds_most_is_checkpointed() {
+        let mut scattered = scattered();
+        scattered.add("serving", "large", 900);
+        scattered.add("cache", "state", 300);
+        assert_eq!(scattered.due("cache", |_| u64::MAX), Due::No);
+        assert_eq!(scattered.due("serving", |_| u64::MAX), Due::WhenFree);
+        scattered.clear("serving");
+        assert_eq!(scattered.due("cache", |_| u64::MAX), Due::No);
+    }
+}
