@@ -12,14 +12,11 @@ use shori_core::{Error, ErrorKind, Result};
 
 use crate::freed_memory::{self, Watch};
 use crate::scattered::{Due, Scattered, vectors_of};
+use crate::tail::JOIN_VALUES_MAX;
 
 /// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
 /// enough for a quick start after a crash.
 const WAL_AUTOCHECKPOINT: &str = "64MiB";
-
-/// Up to this many join values are compared with the lowest and highest of each row group before it is read: keys that
-/// are looked for in a large table mostly belong to few of its parts.
-const JOIN_VALUES_MAX: usize = 8_192;
 
 /// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
 /// undone; where there is no room for it, DuckDB gives up the whole instance.

@@ -4,5 +4,6 @@ pub mod database;
 mod freed_memory;
 mod scattered;
 pub mod store;
+mod tail;
 pub mod transform;
 mod types;

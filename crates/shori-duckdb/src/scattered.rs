@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use duckdb::Connection;
 
+use crate::tail::rows_of;
+
 /// Rows of one of DuckDB's vectors.
 pub(crate) const VECTOR_ROWS: u64 = 2_048;
 
@@ -24,7 +26,7 @@ pub(crate) enum Due {
 /// Vectors that lost rows since the last checkpoint, by catalog and table.
 pub(crate) struct Scattered {
     tables: BTreeMap<(String, String), u64>,
-    /// From here on a checkpoint is made when nobody writes: half of the memory, since a large table that is changed all
+    /// From here on a checkpoint is made when nobody writes: a quarter of the memory, since a large table that is changed all
     /// over takes much by each of its commits, and a checkpoint after each would hold up everything.
     due: u64,
     /// From here on those who write are waited for.
@@ -34,7 +36,7 @@ pub(crate) struct Scattered {
 impl Scattered {
     pub fn new(memory_limit_mib: u64) -> Self {
         let vectors = memory_limit_mib * 1024 / VECTOR_KIB;
-        Self { tables: BTreeMap::new(), due: vectors / 2, overdue: vectors * 5 / 8 }
+        Self { tables: BTreeMap::new(), due: vectors / 4, overdue: vectors / 2 }
     }
 
     pub fn add(&mut self, catalog: &str, table: &str, vectors: u64) {
@@ -73,9 +75,7 @@ impl Scattered {
 
 /// How many vectors a table has; where that cannot be told, any number.
 pub(crate) fn vectors_of(connection: &Connection, catalog: &str, table: &str) -> u64 {
-    let size = "select estimated_size from duckdb_tables()
-                where database_name = ? and schema_name = 'main' and table_name = ?";
-    match connection.query_row(size, [catalog, table], |row| row.get::<_, i64>(0)) {
+    match rows_of(connection, catalog, table) {
         Ok(rows) => rows.max(0) as u64 / VECTOR_ROWS + 1,
         Err(cause) => {
             tracing::debug!(%cause, table, "its size is not known");
@@ -88,9 +88,9 @@ pub(crate) fn vectors_of(connection: &Connection, catalog: &str, table: &str) ->
 mod tests {
     use super::*;
 
-    /// Due above 1,024 vectors, overdue above 1,280.
+    /// Due above 1,024 vectors, overdue above 2,048.
     fn scattered() -> Scattered {
-        Scattered::new(32)
+        Scattered::new(64)
     }
 
     #[test]
@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn a_checkpoint_that_waited_long_is_overdue_and_ends_the_count() {
         let mut scattered = scattered();
-        for (vectors, due) in [(1_024, Due::No), (1, Due::WhenFree), (255, Due::WhenFree), (1, Due::Overdue)] {
+        for (vectors, due) in [(1_024, Due::No), (1, Due::WhenFree), (1_023, Due::WhenFree), (1, Due::Overdue)] {
             scattered.add("serving", "large", vectors);
             assert_eq!(scattered.due("serving", |_| u64::MAX), due, "{vectors} more");
         }

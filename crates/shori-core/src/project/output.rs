@@ -36,7 +36,7 @@ impl Projector {
             let Some(target) = worker.target.clone().filter(|_| worker.loaded && !worker.committing && !resting) else {
                 continue;
             };
-            if self.is_within_horizon(worker, &target, state, log) {
+            if worker.waits_for_goal(&target, &state.applied) || self.is_within_horizon(worker, &target, state, log) {
                 continue;
             }
             let readiness = readiness(&worker.projection, &target, state, log);

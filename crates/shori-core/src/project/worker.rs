@@ -15,7 +15,7 @@ use crate::position::{CaptureId, Position, Positions};
 use crate::projection::{Derivation, Projection, Target, TargetShape};
 use crate::retry::Backoff;
 use crate::store::{CaptureState, Store};
-use crate::transform::StateTable;
+use crate::transform::{Applied, StateTable};
 
 /// One projection's worker.
 pub(super) struct Worker {
@@ -41,6 +41,15 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    /// Whether this is a history that is being built anew, and state has not yet come as far as was asked: until then its
+    /// target shows what it did. The first stops of a replay would empty it.
+    pub(super) fn waits_for_goal(&self, target: &Target, applied: &BTreeMap<CaptureId, Applied>) -> bool {
+        let is_ahead = |(id, goal): (&CaptureId, &Position)| {
+            target.captures.contains(id) && applied.get(id).is_none_or(|applied| applied.position < *goal)
+        };
+        self.checkpoint.is_none() && target.shape == TargetShape::Versions && self.goal.iter().any(is_ahead)
+    }
+
     /// Tells those who wait that the projection is built, if it has come as far as they asked.
     pub(super) fn answer(&mut self) {
         let Some(checkpoint) = &self.checkpoint else { return };

@@ -16,10 +16,13 @@ use super::output::{Step, Written, create_temporary, load_rows};
 use super::session::{Session, blob_literal, now, text, time, time_type};
 use crate::database::quote_name;
 use crate::scattered::VECTOR_ROWS;
+use crate::tail::{self, FEW_ROWS};
 
 const VERSIONS: &str = "shori_versions";
 const CLOSES: &str = "shori_closes";
 const CLOSED: &str = "shori_closed";
+const REST: &str = "shori_closes_rest";
+const ROWS: &str = "shori_closes_rows";
 
 const SELECT_NEXT_KEY: &str = "
 select next_surrogate_key
@@ -122,23 +125,60 @@ impl Versions {
     fn close(&self, session: &Session, step: &Step) -> Result<Written> {
         let object = &step.target.projection;
         let table = quote_name(object);
-        let sql = format!(
-            "create or replace temp table {CLOSED} as \
-             select {table}.rowid as shori_row, \
-                 {table}.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
-             from {table} join temp.{CLOSES} as l on {} \
-             where {table}.is_current and {table}.surrogate_key < ?",
-            step.same_key(&table, "l")
-        );
-        session.execute(&sql, &[time(self.written_at), Value::BigInt(self.first_key)], object)?;
-        let sql = format!("delete from {table} where rowid in (select shori_row from temp.{CLOSED})");
-        session.execute(&sql, &[], object)?;
+        let tail = session.tail_of(object)?;
+        self.find_open(session, step, tail)?;
+        for deletion in tail::deletions(&table, &format!("temp.{CLOSED}"), "shori_row", tail) {
+            session.execute(&deletion, &[], object)?;
+        }
         let sql = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
         let rows = session.execute(&sql, &[], object)?;
         let vectors = format!("select count(distinct shori_row // {VECTOR_ROWS}) from temp.{CLOSED}");
         let deleted = session.number(&vectors, CLOSED)? as u64;
         session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;
         Ok(Written { rows, deleted })
+    }
+
+    /// Makes `CLOSED`: open versions of the keys in `CLOSES`, as they will be. In a large table those at its end are looked
+    /// for first.
+    fn find_open(&self, session: &Session, step: &Step, tail: Option<i64>) -> Result<()> {
+        let object = &step.target.projection;
+        let values = [time(self.written_at)];
+        let (own, first_key) = (quote_name(object), self.first_key);
+        let closing = |closes: &str, rows: &str| {
+            format!(
+                "select t.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
+                 from (select rowid as shori_row, * from {own} where {rows}) t join temp.{closes} as l on {} \
+                 where t.is_current and t.surrogate_key < {first_key}",
+                step.same_key("t", "l")
+            )
+        };
+        let create = format!("create or replace temp table {CLOSED} as");
+        let Some(tail) = tail else {
+            session.execute(&format!("{create} {}", closing(CLOSES, "true")), &values, object)?;
+            return Ok(());
+        };
+        session.execute(&format!("{create} {}", closing(CLOSES, &format!("rowid >= {tail}"))), &values, object)?;
+        let rest = format!(
+            "create or replace temp table {REST} as from temp.{CLOSES} l anti join temp.{CLOSED} c on {}",
+            step.same_key("l", "c")
+        );
+        session.batch(&rest, REST)?;
+        let left = session.number(&format!("select count(*) from temp.{REST}"), REST)?;
+        let mut rows = format!("rowid < {tail}");
+        if left > 0 && left <= FEW_ROWS {
+            let sql = format!(
+                "create or replace temp table {ROWS} as select {own}.rowid as shori_row \
+                 from {own} join temp.{REST} as l on {} where {own}.is_current and {own}.rowid < {tail}",
+                step.same_key(&own, "l")
+            );
+            session.execute(&sql, &[], object)?;
+            rows = format!("rowid in (select shori_row from temp.{ROWS})");
+        }
+        if left > 0 {
+            let sql = format!("insert into temp.{CLOSED} {}", closing(REST, &rows));
+            session.execute(&sql, &values, object)?;
+        }
+        session.batch(&format!("drop table if exists temp.{ROWS}; drop table temp.{REST}"), REST)
     }
 
     fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<Written> {

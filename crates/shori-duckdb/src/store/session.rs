@@ -13,6 +13,7 @@ use shori_core::position::{Micros, Position};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::{Database, duckdb_error, traced};
+use crate::tail;
 
 /// Connections that wait for use at most; more are closed.
 const IDLE_CONNECTIONS_MAX: usize = 4;
@@ -119,6 +120,12 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Where the end of `table` begins, if it is a large one.
+    pub fn tail_of(&self, table: &str) -> Result<Option<i64>> {
+        let start = tail::start_of(&self.connection, &self.sessions.catalog, table);
+        start.map_err(|cause| duckdb_error("read", table, cause))
     }
 
     /// Tells that committed work has deleted rows from so many vectors of `table`, at most.

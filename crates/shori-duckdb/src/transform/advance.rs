@@ -18,6 +18,7 @@ use super::session::Session;
 use super::staging::{Leg, Staged};
 use super::tables::{LSN_PARTS, Table, comma, lsn_literals, lsn_parts};
 use crate::scattered::VECTOR_ROWS;
+use crate::tail::{self, FEW_ROWS};
 
 /// What is kept of a step for projections, beside state.
 #[derive(Clone, Copy)]
@@ -199,14 +200,44 @@ fn find_keys(session: &Session, table: &Table) -> Result<i64> {
     ))
 }
 
+/// Finds the rows of touched keys, in a large table in three parts: at its end, of keys beyond those there (new ones, where
+/// keys grow), and the rest.
 fn find_rows(session: &Session, table: &Table, whole: bool) -> Result<()> {
     let columns = if whole { format!("{}, {}", table.list("s"), lsn_parts("s")) } else { table.keys("s") };
+    let state = table.state();
+    let select = format!(
+        "select s.rowid as __row, {columns}, s.__time, s.__boundary, s.__capture, s.__generation from {state} s"
+    );
+    let of = |keys: &str| format!("semi join {keys} k on {}", table.key_match("s", "k"));
+    let Some(tail) = session.tail_of(&table.state_name())? else {
+        return session.run(&format!("create or replace temp table step_found as {select} {}", of("step_keys")));
+    };
+    let first = table.name_of(table.key[0]);
     session.run(&format!(
-        "create or replace temp table step_found as
-         select s.rowid as __row, {columns}, s.__time, s.__boundary, s.__capture, s.__generation
-         from {} s semi join step_keys k on {}",
-        table.state(),
-        table.key_match("s", "k")
+        "create or replace temp table step_found as {select} {} where s.rowid >= {tail};
+         create or replace temp table step_rest as from step_keys k anti join step_found f on {};
+         create or replace temp table step_beyond as
+             from step_rest where {first} > (select max({first}) from {state} where rowid >= {tail});
+         insert into step_found {select} {} where s.rowid < {tail}",
+        of("step_keys"),
+        table.key_match("k", "f"),
+        of("step_beyond"),
+    ))?;
+    let sparse = session.made(&format!(
+        "create or replace temp table step_sparse as from step_rest k anti join step_beyond b on {}",
+        table.key_match("k", "b")
+    ))?;
+    if sparse == 0 {
+        return Ok(());
+    }
+    if sparse > FEW_ROWS {
+        return session.run(&format!("insert into step_found {select} {} where s.rowid < {tail}", of("step_sparse")));
+    }
+    session.run(&format!(
+        "create or replace temp table step_rows as
+             select s.rowid as __row from {state} s {} where s.rowid < {tail};
+         insert into step_found {select} where s.rowid in (select __row from step_rows)",
+        of("step_sparse")
     ))
 }
 
@@ -276,7 +307,10 @@ fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<
 /// they touch at the next checkpoint. Returns how many vectors of state lost rows.
 fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<i64> {
     let table = &staged.table;
-    session.run(&format!("delete from {} where rowid in (select __row from step_found)", table.state()))?;
+    let tail = session.tail_of(&table.state_name())?;
+    for deletion in tail::deletions(&table.state(), "step_found", "__row", tail) {
+        session.run(&deletion)?;
+    }
     let (boundary, join) =
         if table.has_history { ("c.__boundary", "left join step_chain c on c.__n = l.__n") } else { ("null", "") };
     session.run(&format!(

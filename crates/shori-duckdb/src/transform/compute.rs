@@ -139,19 +139,10 @@ impl Computation<'_> {
 
     fn history(&self, of: &HistoryProjection, table: &Table, ranges: &Ranges) -> Result<Laid> {
         let range = ranges.of_versions(table);
-        let rename = |alias: &str| {
-            comma(
-                table
-                    .key
-                    .iter()
-                    .zip(&of.key)
-                    .map(|(&index, name)| format!("{alias}.{} as {}", table.name_of(index), quote_name(name))),
-            )
-        };
-        let published = |index: usize| quote_name(&history::published_name(table.columns[index].name()));
-        let tracked = query::tracked(table).into_iter();
-        let tracked: String =
-            tracked.map(|index| format!("d.{} as {}, ", table.name_of(index), published(index))).collect();
+        let of_changes = range.replace("__step", "d.__step").replace("__capture", "d.__capture");
+        let renamed = table.key.iter().zip(&of.key);
+        let keys = comma(renamed.map(|(&index, name)| format!("d.{} as {}", table.name_of(index), quote_name(name))));
+        let matches = format!("{} and d.__boundary = e.__boundary", table.key_match("d", "e"));
         self.session.run(&format!(
             "create or replace temp table __ends as
              select {keys}, __boundary,
@@ -161,20 +152,21 @@ impl Computation<'_> {
             table.delta(),
             keys = table.keys(""),
         ))?;
+        let published = |index: usize| quote_name(&history::published_name(table.columns[index].name()));
+        let tracked = query::tracked(table).into_iter();
+        let tracked: String =
+            tracked.map(|index| format!("d.{} as {}, ", table.name_of(index), published(index))).collect();
         let versions = self.lay(
             &self.place.rows(),
             &format!(
-                "select {}, {tracked} make_timestamp(d.__boundary) as valid_from, make_timestamp(e.__end) as valid_to,
-                     e.__end is null as is_current,
+                "select {keys}, {tracked} make_timestamp(d.__boundary) as valid_from,
+                     make_timestamp(e.__end) as valid_to, e.__end is null as is_current,
                      case d.__op when 0 then 'SNAPSHOT' when 2 then 'INSERT' else 'UPDATE' end as cdc_operation,
                      make_timestamp(d.__time) as cdc_timestamp, {} as __source_lsn
-                 from {} d join __ends e on {} and d.__boundary = e.__boundary
-                 where {} and d.{LEAVES_ROW}",
-                rename("d"),
+                 from {} d join __ends e on {matches}
+                 where {of_changes} and d.{LEAVES_ROW}",
                 lsn_bytes("d"),
                 table.delta(),
-                table.key_match("d", "e"),
-                range.replace("__step", "d.__step").replace("__capture", "d.__capture"),
             ),
         )?;
         let columns = query::history_columns(table, &of.key);
@@ -185,20 +177,17 @@ impl Computation<'_> {
         let ended = self.lay(
             &self.place.keys(),
             &format!(
-                "select {}, make_timestamp(d.__boundary) as valid_to
-                 from {} d join __ends e on {} and d.__boundary = e.__boundary
-                 where {} and e.__is_first and d.__existed",
-                rename("d"),
+                "select {keys}, make_timestamp(d.__boundary) as valid_to
+                 from {} d join __ends e on {matches}
+                 where {of_changes} and e.__is_first and d.__existed",
                 table.delta(),
-                table.key_match("d", "e"),
-                range.replace("__step", "d.__step").replace("__capture", "d.__capture"),
             ),
         )?;
         let mut fields: Vec<_> = columns.fields()[..of.key.len()].to_vec();
         fields.extend(columns.fields().iter().filter(|field| field.name() == history::VALID_TO).cloned());
         let closed = Arc::new(arrow::datatypes::Schema::new(fields));
-        let keys = Part::of_table(PartKind::Close, self.place.keys(), closed, ended);
-        Ok(Laid { kind: OutputKind::Versions, parts: vec![keys, rows], holds_transaction: false })
+        let ends = Part::of_table(PartKind::Close, self.place.keys(), closed, ended);
+        Ok(Laid { kind: OutputKind::Versions, parts: vec![ends, rows], holds_transaction: false })
     }
 
     fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, sets: &mut Sets) -> Result<Laid> {

@@ -11,6 +11,20 @@ use super::staging::Staged;
 use super::tables::{MASK_BITS, comma};
 
 pub(super) fn resolve(session: &Session, staged: &Staged) -> Result<()> {
+    find_parts(session, staged)?;
+    find_lines(session)?;
+    let columns = staged.masked_columns();
+    find_values(session, staged, &columns)?;
+    let (table, rows) = (&staged.table, staged.table.staged());
+    let set = comma(columns.iter().map(|&index| {
+        let (name, word, bit) = (table.name_of(index), index / MASK_BITS, index % MASK_BITS);
+        format!("{name} = case when (r.__mask_{word} >> {bit}) & 1 = 1 then x.{name}.v else r.{name} end")
+    }));
+    session.run(&format!("update {rows} r set {set} from step_resolved x where x.__n = r.__n"))
+}
+
+/// Makes `step_parts`: the part of a line that each image belongs to, named by its first one.
+fn find_parts(session: &Session, staged: &Staged) -> Result<()> {
     let (table, rows) = (&staged.table, staged.table.staged());
     let keys = table.keys("");
     let masked = (0..table.mask_words()).map(|word| format!("__mask_{word} <> 0")).collect::<Vec<_>>().join(" or ");
@@ -32,7 +46,11 @@ pub(super) fn resolve(session: &Session, staged: &Staged) -> Result<()> {
              max(case when __linked or __op_before is null or __op_before in (1, 3) then __n end)
                  over (partition by {keys} order by __n) as __part
          from starts"
-    ))?;
+    ))
+}
+
+/// Makes `step_lines`: the line that each part belongs to.
+fn find_lines(session: &Session) -> Result<()> {
     session.run(
         "create or replace temp table step_lines as
          with recursive links as (
@@ -45,8 +63,12 @@ pub(super) fn resolve(session: &Session, staged: &Staged) -> Result<()> {
              select k.__part, l.__line from links k join lines l on l.__part = k.__parent
          )
          select * from lines",
-    )?;
-    let columns = staged.masked_columns();
+    )
+}
+
+/// Makes `step_resolved`: for partial images, what each of `columns` holds there.
+fn find_values(session: &Session, staged: &Staged, columns: &[usize]) -> Result<()> {
+    let (table, rows) = (&staged.table, staged.table.staged());
     let values = comma(columns.iter().map(|&index| {
         let name = table.name_of(index);
         format!(
@@ -57,7 +79,6 @@ pub(super) fn resolve(session: &Session, staged: &Staged) -> Result<()> {
         let (word, bit) = (index / MASK_BITS, index % MASK_BITS);
         format!("r.__op in (1, 3) or (r.__mask_{word} >> {bit}) & 1 = 1 as __lacks_{index}")
     };
-    let list = comma(columns.iter().map(|&index| table.name_of(index)));
     session.run(&format!(
         "create or replace temp table step_resolved as
          select * from (
@@ -77,11 +98,5 @@ pub(super) fn resolve(session: &Session, staged: &Staged) -> Result<()> {
         state_columns = comma(columns.iter().map(|&index| format!("f.{}", table.name_of(index)))),
         has = comma(columns.iter().map(|_| "false".to_string())),
         matches = table.key_match("p", "f"),
-    ))?;
-    tracing::trace!(columns = list, "partial images are resolved");
-    let set = comma(columns.iter().map(|&index| {
-        let (name, word, bit) = (table.name_of(index), index / MASK_BITS, index % MASK_BITS);
-        format!("{name} = case when (r.__mask_{word} >> {bit}) & 1 = 1 then x.{name}.v else r.{name} end")
-    }));
-    session.run(&format!("update {rows} r set {set} from step_resolved x where x.__n = r.__n"))
+    ))
 }

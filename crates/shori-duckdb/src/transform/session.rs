@@ -4,6 +4,7 @@ use duckdb::Connection;
 use shori_core::{Error, Result};
 
 use crate::database::{Database, duckdb_error, is_out_of_memory, traced};
+use crate::tail;
 
 /// The attached cache file.
 pub(super) const CACHE: &str = "cache";
@@ -68,6 +69,11 @@ impl Session {
     pub fn roll_back(&self) -> Result<()> {
         self.database.roll_back(&self.connection).map_err(|cause| failure("roll back", cause))?;
         self.run(&format!("use {CACHE}"))
+    }
+
+    /// Where the end of a table of the cache begins, if it is a large one.
+    pub fn tail_of(&self, table: &str) -> Result<Option<i64>> {
+        tail::start_of(&self.connection, CACHE, table).map_err(|cause| failure("read", cause))
     }
 
     /// Tells from how many vectors of tables of the cache committed work has deleted rows. Only outside of a transaction.

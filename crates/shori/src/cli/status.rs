@@ -128,6 +128,7 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
             failed,
         });
     }
+    captures.extend(never_captured(loaded, &captures));
     let mut projections = Vec::new();
     for store in &loaded.config.stores {
         if !reach.has_run(loaded, &store.name)? {
@@ -140,6 +141,26 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
     projections.sort_by(|one, other| one.projection.cmp(&other.projection));
     let pipeline = loaded.config.pipeline.name.clone();
     Ok(PipelineStatus { pipeline, running: reach.is_running(), captures, projections })
+}
+
+/// Tables that the configuration names, and the store knows nothing of.
+fn never_captured(loaded: &Loaded, known: &[CaptureStatus]) -> Vec<CaptureStatus> {
+    let tables =
+        loaded.config.sources.iter().flat_map(|source| source.tables.keys().map(|table| (&source.name, table)));
+    let is_known = |source: &str, table: &str| {
+        known.iter().any(|capture| capture.source == source && capture.capture.eq_ignore_ascii_case(table))
+    };
+    tables
+        .filter(|(source, table)| !is_known(source, table))
+        .map(|(source, table)| CaptureStatus {
+            source: source.clone(),
+            capture: table.clone(),
+            last_ingested_lsn: None,
+            changes_waiting: None,
+            rejected: 0,
+            failed: Some("it has never been captured: shori check tells why, or start the pipeline again".into()),
+        })
+        .collect()
 }
 
 /// What a store says of a projection. One that was taken out of the configuration, or given another store, leaves rows

@@ -73,7 +73,7 @@ impl Builder {
             (Builder::Text(builder), ValueRef::Integer(number)) if takes_numbers => {
                 builder.append_value(number.to_string());
             }
-            (Builder::Text(builder), ValueRef::Real(number)) if takes_numbers => {
+            (Builder::Text(builder), ValueRef::Real(number)) if takes_numbers && is_exact(number, type_name) => {
                 builder.append_value(number.to_string());
             }
             (Builder::Text(builder), ValueRef::Text(text)) => match std::str::from_utf8(text) {
@@ -141,8 +141,7 @@ fn cast(column: &ColumnInput) -> String {
             )
         }
         decimal if decimal.starts_with("decimal") => {
-            let scale = decimal.trim_end_matches(')').rsplit(',').next().and_then(|scale| scale.trim().parse().ok());
-            let places = match scale.unwrap_or(0_u8) {
+            let places = match scale_of(decimal) {
                 0 => "0+".to_string(),
                 scale => format!("[0-9]{{1,{scale}}}0*"),
             };
@@ -152,6 +151,17 @@ fn cast(column: &ColumnInput) -> String {
     }
 }
 
+/// The places of `decimal(precision,scale)`.
+fn scale_of(decimal: &str) -> u8 {
+    decimal.trim_end_matches(')').rsplit(',').next().and_then(|scale| scale.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Whether a double stands for one decimal alone: it does up to 15 significant digits.
+fn is_exact(number: f64, decimal: &str) -> bool {
+    (number * 10f64.powi(i32::from(scale_of(decimal)))).round().abs() < DECIMAL_UNIQUE_BELOW
+}
+
+const DECIMAL_UNIQUE_BELOW: f64 = 1e15;
 /// Integers up to here are doubles exactly.
 const DOUBLE_EXACT_TO: u64 = 1 << 53;
 const DATE: &str = "[0-9]{4}-[0-9]{2}-[0-9]{2}";

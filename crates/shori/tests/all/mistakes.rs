@@ -145,9 +145,10 @@ fn a_table_that_cannot_be_captured_stops_itself_only() {
         world.catch_up(&mut running);
         assert_eq!(names(&world), ["one", "two", "three"], "neighbours go on");
         let status = world.shori(&["status"]);
+        let shown = status.out.split_once("/loose ").map(|(_, rest)| rest.lines().nth(1).unwrap_or_default());
+        assert!(status.status == Some(1) && shown.is_some_and(|line| line.contains("stands still")), "{status:?}");
         assert!(running.err().contains(reason), "it is told: {}", running.err());
         running.stop();
-        println!("{status:?}");
     }
 }
 

@@ -96,6 +96,21 @@ fn a_rejected_value_is_told_and_stands_in_nobody_s_way() {
 }
 
 #[test]
+fn a_double_that_is_no_one_decimal_is_rejected_by_capture_and_verify_alike() {
+    let prices = "create table prices (id integer primary key, price decimal(18,2));
+                  insert into prices values (1, 123456789012.34), (2, 10000000000000.5), (3, '1000000000000000');";
+    let more = "[source.tables.t]\n[source.tables.prices]";
+    let latest = "\n[[projection]]\nname = \"prices_latest\"\nkind = \"latest\"\ntable = \"prices\"\n";
+    let configuration = format!("{}{latest}", CONFIGURATION.replace("[source.tables.t]", more));
+    let world = World::configured(&configuration, &[("sums.sql", SUMS)], &format!("{SOURCE}{prices}"));
+    world.succeed(&["init"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_eq!(world.value("select string_agg(id, ',' order by id) from prices_latest"), "1,3");
+    assert_eq!(world.value("select price from prices_latest where id = 1"), "123456789012.34");
+}
+
+#[test]
 fn a_projection_that_fails_does_not_hide_the_others() {
     let world = world();
     world.put("sums.sql", &SUMS.replace("from t", "from t where g + 1 > 0"));

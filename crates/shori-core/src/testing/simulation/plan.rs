@@ -181,7 +181,7 @@ fn draw_acts(rng: &mut ChaCha8Rng, size: &Size, workers: usize, tables: usize, p
             acts.insert(place, act);
         }
     };
-    add(rng, 13, &|rng| Act::Crash { worker: rng.random_range(0..workers), steps: rng.random_range(0..80) });
+    add(rng, 15, &|rng| Act::Crash { worker: rng.random_range(0..workers), steps: rng.random_range(0..80) });
     add(rng, 1, &|rng| Act::Stop { worker: rng.random_range(0..workers) });
     add(rng, 2, &|rng| Act::Resnapshot { table: rng.random_range(0..tables) });
     add(rng, 2, &|rng| Act::Rebuild { projection: rng.random_range(0..projections) });
