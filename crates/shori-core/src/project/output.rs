@@ -36,7 +36,7 @@ impl Projector {
             let Some(target) = worker.target.clone().filter(|_| worker.loaded && !worker.committing && !resting) else {
                 continue;
             };
-            if worker.waits_for_goal(&target, &state.applied) || self.is_within_horizon(worker, &target, state, log) {
+            if self.is_within_horizon(worker, &target, state, log) {
                 continue;
             }
             let readiness = readiness(&worker.projection, &target, state, log);
@@ -47,6 +47,9 @@ impl Projector {
             self.unblock(&mut state.workers[index]);
             let Readiness::Ready { complete } = readiness else { continue };
             let worker = &state.workers[index];
+            if worker.waits_for_goal(&target, &state.applied) {
+                continue;
+            }
             match self.transform.compute(&target.projection, worker.checkpoint.as_ref()).await {
                 Ok(Computed::UpToDate) if complete => self.recovered(&mut state.workers[index]).await,
                 Ok(Computed::UpToDate | Computed::Behind) => {}
