@@ -58,6 +58,8 @@ fn main() -> ExitCode {
     }
 }
 
+const KILLS_BETWEEN_LINES: u32 = 10;
+
 fn run(arguments: &Arguments) -> Outcome<bool> {
     let mut torture = Torture {
         shori: arguments.shori.canonicalize()?,
@@ -68,6 +70,7 @@ fn run(arguments: &Arguments) -> Outcome<bool> {
     };
     println!("{} kills, seed {}, in {}", arguments.kills, arguments.seed, torture.folder.path().display());
     torture.succeed(&["init", "--sample"])?;
+    let begun = Instant::now();
     let (rate, seed) = (arguments.rate.to_string(), arguments.seed.to_string());
     let mut application = torture.start(&["generate", "--rate", &rate, "--seed", &seed], None)?;
     for round in 0..arguments.kills {
@@ -75,9 +78,14 @@ fn run(arguments: &Arguments) -> Outcome<bool> {
             return Err(format!("the application ended by itself: {ended}").into());
         }
         torture.round(round)?;
+        if (round + 1) % KILLS_BETWEEN_LINES == 0 {
+            println!("{} kills in {:.0} s", round + 1, begun.elapsed().as_secs_f64());
+        }
     }
     terminate(&mut application)?;
+    println!("catching up");
     torture.succeed(&["run", "--once"])?;
+    println!("verifying");
     let verified = torture.command(&["verify"]).status()?;
     torture.report(arguments.kills);
     let all_reached =

@@ -44,7 +44,8 @@ pub(super) fn apply(session: &Session, staged: &mut Staged, legs: &[Leg], kept: 
     }
     let has_masks = staged.masks.iter().any(|&word| word != 0);
     let mut keys = find_keys(session, &table)?;
-    find_rows(session, &table, kept.nets || has_masks || staged.has_snapshot)?;
+    staged.tail = session.tail_of(&table.state_name())?;
+    find_rows(session, &table, kept.nets || has_masks || staged.has_snapshot, staged.tail)?;
     if has_masks {
         resolve::resolve(session, staged)?;
     }
@@ -202,14 +203,14 @@ fn find_keys(session: &Session, table: &Table) -> Result<i64> {
 
 /// Finds the rows of touched keys, in a large table in three parts: at its end, of keys beyond those there (new ones, where
 /// keys grow), and the rest.
-fn find_rows(session: &Session, table: &Table, whole: bool) -> Result<()> {
+fn find_rows(session: &Session, table: &Table, whole: bool, tail: Option<i64>) -> Result<()> {
     let columns = if whole { format!("{}, {}", table.list("s"), lsn_parts("s")) } else { table.keys("s") };
     let state = table.state();
     let select = format!(
         "select s.rowid as __row, {columns}, s.__time, s.__boundary, s.__capture, s.__generation from {state} s"
     );
     let of = |keys: &str| format!("semi join {keys} k on {}", table.key_match("s", "k"));
-    let Some(tail) = session.tail_of(&table.state_name())? else {
+    let Some(tail) = tail else {
         return session.run(&format!("create or replace temp table step_found as {select} {}", of("step_keys")));
     };
     let first = table.name_of(table.key[0]);
@@ -307,8 +308,7 @@ fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<
 /// they touch at the next checkpoint. Returns how many vectors of state lost rows.
 fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<i64> {
     let table = &staged.table;
-    let tail = session.tail_of(&table.state_name())?;
-    for deletion in tail::deletions(&table.state(), "step_found", "__row", tail) {
+    for deletion in tail::deletions(&table.state(), "step_found", "__row", staged.tail) {
         session.run(&deletion)?;
     }
     let (boundary, join) =

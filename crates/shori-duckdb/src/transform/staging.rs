@@ -29,6 +29,8 @@ pub(super) struct Staged {
     /// Per word, the columns that some image lacks.
     pub masks: Vec<u64>,
     pub truncates: Vec<Truncate>,
+    /// Where the end of state begins, if that is a large table.
+    pub tail: Option<i64>,
     /// Vectors of state that lost rows.
     pub deleted_from: i64,
 }
@@ -60,6 +62,7 @@ impl Staged {
             has_deletes: false,
             masks: vec![0; table.mask_words()],
             truncates: Vec::new(),
+            tail: None,
             deleted_from: 0,
         })
     }
