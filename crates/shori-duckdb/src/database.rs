@@ -4,7 +4,7 @@
 //! store and transform use connections of their own.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use duckdb::{Config, Connection};
@@ -47,6 +47,8 @@ pub struct Database {
     /// How many may use the reserve just now.
     using_reserve: Arc<Mutex<usize>>,
     scattered: Arc<Mutex<Scattered>>,
+    /// Held by the one who checkpoints.
+    checkpointing: Arc<Mutex<()>>,
     inline: bool,
     _freed_memory: Option<Arc<Watch>>,
 }
@@ -74,6 +76,7 @@ impl Database {
             memory_limit_mib: settings.memory_limit_mib,
             using_reserve: Arc::default(),
             scattered: Arc::new(Mutex::new(Scattered::new(settings.memory_limit_mib))),
+            checkpointing: Arc::default(),
             inline: settings.inline,
             _freed_memory: watch.map(Arc::new),
         })
@@ -155,6 +158,12 @@ impl Database {
 
     /// With `wait`, those who write are waited for; where calls share one thread, they would wait for this one.
     fn checkpoint(&self, connection: &Connection, catalog: &str, wait: bool) {
+        // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.
+        let _only = match self.checkpointing.try_lock() {
+            Ok(only) => only,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
         let attempts = if wait && !self.inline { ATTEMPTS } else { 1 };
         for attempt in 1..=attempts {
             let force = if attempt == ATTEMPTS { "force " } else { "" };
