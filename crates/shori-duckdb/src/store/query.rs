@@ -3,12 +3,11 @@
 //! What keeps a question from writing: it is one statement (a semicolon within is refused, wherever it stands), it
 //! begins like a reading one, and its transaction is read only, so that DuckDB refuses writes that hide inside. It may
 //! read files with the rights of the process: a question comes from who runs the pipeline.
-
 //!
 //! An answer is handed out while it is made, in batches as DuckDB makes them, so it may have any number of rows. Who takes
 //! it slowly holds up the statement alone; who goes away ends it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -44,27 +43,56 @@ impl Answer {
 }
 
 /// Ends a statement that runs when nobody wants its rows any more.
-struct Statement(Arc<InterruptHandle>);
+struct Statement(Running);
+
+/// What a running statement is ended by, as long as its connection stands.
+type Running = Arc<Mutex<Option<Arc<InterruptHandle>>>>;
 
 impl Drop for Statement {
     /// The connection serves no other statement afterwards, so none but this one is meant.
     fn drop(&mut self) {
-        self.0.interrupt();
+        if let Some(handle) = &*locked(&self.0) {
+            handle.interrupt();
+        }
     }
+}
+
+/// A connection that can be interrupted from elsewhere. `duckdb` frees a connection before it lets go of its handle: an
+/// interruption in between would reach into freed memory, so nobody may interrupt once closing has begun.
+struct Interruptible {
+    session: Session,
+    running: Running,
+}
+
+impl Interruptible {
+    fn new(session: Session) -> Self {
+        let running = Arc::new(Mutex::new(Some(session.connection.interrupt_handle())));
+        Self { session, running }
+    }
+}
+
+impl Drop for Interruptible {
+    fn drop(&mut self) {
+        locked(&self.running).take();
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Begins to answer. The statement runs on, off the async threads, until all has been taken or the answer is dropped.
 pub(super) async fn stream(sessions: &Arc<Sessions>, sql: &str) -> Result<Answer> {
     let sql = reading_statement(sql)?.to_string();
     let opening = sessions.clone();
-    let session = sessions.database.run(move || opening.session()).await?;
-    let statement = Statement(session.connection.interrupt_handle());
+    let asked = Interruptible::new(sessions.database.run(move || opening.session()).await?);
+    let statement = Statement(asked.running.clone());
     let (begun, begins) = oneshot::channel();
     let (sender, batches) = mpsc::channel(BATCHES_WAITING);
     tokio::task::spawn_blocking(move || {
         let mut begun = Some(begun);
         let mut begin = |schema| begun.take().is_some_and(|begun| begun.send(Ok(schema)).is_ok());
-        let answered = answer(&session, &sql, &mut begin, &mut |batch| sender.blocking_send(Ok(batch)).is_ok());
+        let answered = answer(&asked.session, &sql, &mut begin, &mut |batch| sender.blocking_send(Ok(batch)).is_ok());
         // Who has gone away does not want to know of a failure.
         match (answered, begun) {
             (Err(error), Some(begun)) => drop(begun.send(Err(error))),

@@ -7,5 +7,6 @@ mod store_contract;
 mod store_errors;
 mod store_log;
 mod store_output;
+mod store_questions;
 mod transform_contract;
 mod transform_random;
