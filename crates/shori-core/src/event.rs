@@ -55,6 +55,11 @@ pub enum Event {
         projection: Arc<str>,
         reason: String,
     },
+    /// The log was compacted past where the target stands: it is built anew from what is left, and a history lacks the
+    /// versions between.
+    MissedByCompaction {
+        projection: Arc<str>,
+    },
     /// Something failed and will be tried again.
     Retrying {
         what: String,

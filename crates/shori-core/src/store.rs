@@ -163,7 +163,9 @@ pub enum OutputKind {
     Versions,
     /// `Version` rows are all versions from the log's horizon on, the one that stands at the horizon included: a version
     /// that the target has (same key and `__source_lsn`) keeps its row and start and takes the new end; others are
-    /// inserted; versions above the horizon that do not come are removed; older ones stay.
+    /// inserted; versions above the horizon that do not come are removed; older ones stay. One of these that is still
+    /// open, since the target stood behind the horizon, ends where its key's next version begins, else at `as_of_time`
+    /// (or a microsecond after it began, if that is later).
     ReplaceVersions,
 }
 

@@ -123,7 +123,7 @@ impl Projector {
             if worker.loaded || worker.committing || worker.not_before.is_some_and(|time| time > Instant::now()) {
                 continue;
             }
-            match self.load_checkpoint(&state.workers[index], &state.tables).await {
+            match self.load_checkpoint(&state.workers[index], state).await {
                 Ok((target, checkpoint)) => {
                     let worker = &mut state.workers[index];
                     worker.target = Some(Arc::new(target));
@@ -142,8 +142,9 @@ impl Projector {
         Ok(())
     }
 
-    async fn load_checkpoint(&self, worker: &Worker, tables: &[StateTable]) -> Result<(Target, Option<Positions>)> {
+    async fn load_checkpoint(&self, worker: &Worker, state: &State) -> Result<(Target, Option<Positions>)> {
         let name = &worker.projection.name;
+        let tables = &state.tables;
         let mut captures = Vec::new();
         for table in worker.projection.tables() {
             let found: Vec<&StateTable> = tables.iter().filter(|state| state.schema.table == table).collect();
@@ -167,7 +168,13 @@ impl Projector {
         let target = Target { projection: name.clone(), shape, key, columns, definition, captures };
         worker.store.bootstrap().await?;
         worker.store.prepare_target(&target).await?;
-        let checkpoint = worker.store.checkpoint(name).await?.map(|checkpoint| checkpoint.positions);
+        let mut checkpoint = worker.store.checkpoint(name).await?.map(|checkpoint| checkpoint.positions);
+        let missed = |(id, at): (&CaptureId, &Position)| state.opened.get(id).is_some_and(|horizon| at < horizon);
+        if checkpoint.as_ref().is_some_and(|positions| positions.iter().any(missed)) {
+            worker.store.reset_projection(name).await?;
+            checkpoint = None;
+            self.events.send(Event::MissedByCompaction { projection: name.clone() });
+        }
         self.transform.settle(name, checkpoint.as_ref()).await?;
         Ok((target, checkpoint))
     }

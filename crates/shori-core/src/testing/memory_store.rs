@@ -277,7 +277,7 @@ impl Stored {
     fn apply_output(&mut self, commit: &OutputCommit<'_>, parts: &[OutputRows]) -> Result<u64> {
         let name = &*commit.target.projection;
         let mut table = self.targets[name].clone();
-        let rows = table.apply(commit.output.kind(), parts, &commit.horizon)?;
+        let rows = table.apply(commit.output.kind(), parts, &commit.horizon, commit.as_of_time)?;
         self.targets.insert(name.into(), table);
         Ok(rows)
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::position::{Lsn, Position};
+use crate::position::{Lsn, Micros, Position};
 use crate::projection::{Target, TargetShape, history};
 use crate::store::{Checkpoint, OutputKind, OutputRows, target_mismatch};
 
@@ -33,6 +33,7 @@ pub struct TargetTable {
 /// Indexes of the columns of a history that outputs change.
 struct Columns {
     key: Vec<usize>,
+    valid_from: usize,
     valid_to: usize,
     is_current: usize,
     source_lsn: usize,
@@ -98,13 +99,19 @@ impl TargetTable {
     }
 
     /// Applies a whole output, or fails and must be thrown away. Returns the rows written.
-    pub fn apply(&mut self, kind: OutputKind, parts: &[OutputRows], horizon: &Position) -> Result<u64> {
+    pub fn apply(
+        &mut self,
+        kind: OutputKind,
+        parts: &[OutputRows],
+        horizon: &Position,
+        as_of_time: Micros,
+    ) -> Result<u64> {
         let versions = matches!(kind, OutputKind::Versions | OutputKind::ReplaceVersions);
         if versions != (self.target.shape == TargetShape::Versions) {
             return self.refuse(format!("{kind:?} does not fit {:?}", self.target.shape));
         }
         self.outputs += 1;
-        if versions { self.apply_versions(kind, parts, horizon) } else { self.apply_rows(kind, parts) }
+        if versions { self.apply_versions(kind, parts, horizon, as_of_time) } else { self.apply_rows(kind, parts) }
     }
 
     fn refuse<T>(&self, cause: String) -> Result<T> {
@@ -153,13 +160,20 @@ impl TargetTable {
         let index = |name: &str| self.target.columns.index_of(name).unwrap();
         Columns {
             key: self.key_columns(),
+            valid_from: index(history::VALID_FROM),
             valid_to: index(history::VALID_TO),
             is_current: index(history::IS_CURRENT),
             source_lsn: index(history::SOURCE_LSN),
         }
     }
 
-    fn apply_versions(&mut self, kind: OutputKind, parts: &[OutputRows], horizon: &Position) -> Result<u64> {
+    fn apply_versions(
+        &mut self,
+        kind: OutputKind,
+        parts: &[OutputRows],
+        horizon: &Position,
+        as_of_time: Micros,
+    ) -> Result<u64> {
         let columns = self.columns();
         let mut came = BTreeSet::new();
         let mut written = 0;
@@ -190,6 +204,7 @@ impl TargetTable {
                 let old = |lsn: &Vec<u8>| lsn.as_slice() <= horizon.lsn.as_slice();
                 versions.retain(|lsn, _| old(lsn) || came.contains(&(key.clone(), lsn.clone())));
                 written += (before - versions.len()) as u64;
+                written += end_older(&columns, versions, |lsn| came.contains(&(key.clone(), lsn.clone())), as_of_time);
             }
             self.rows.retain(|_, versions| !versions.is_empty());
         }
@@ -223,6 +238,32 @@ impl TargetTable {
             }
         }
         Ok(1)
+    }
+}
+
+/// Ends a key's open versions that did not come.
+fn end_older(
+    columns: &Columns,
+    versions: &mut BTreeMap<Vec<u8>, Row>,
+    came: impl Fn(&Vec<u8>) -> bool,
+    as_of_time: Micros,
+) -> u64 {
+    let starts: Vec<Micros> = versions.values().map(|version| time_of(&version[columns.valid_from])).collect();
+    let open = versions.iter_mut().filter(|(lsn, version)| version[columns.valid_to].is_null() && !came(lsn));
+    let mut written = 0;
+    for (_, version) in open {
+        let start = time_of(&version[columns.valid_from]);
+        let next = starts.iter().copied().filter(|other| *other > start).min();
+        *version = ended(columns, version, Value::Time(next.unwrap_or(as_of_time.max(start + 1))));
+        written += 1;
+    }
+    written
+}
+
+fn time_of(value: &Value) -> Micros {
+    match value {
+        Value::Time(micros) => *micros,
+        other => panic!("{other:?} is no time"),
     }
 }
 

@@ -182,14 +182,12 @@ impl Versions {
     }
 
     fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<Written> {
+        if !self.has_versions {
+            create_temporary(session, VERSIONS, &RecordBatch::new_empty(step.target.columns.clone()))?;
+        }
         let object = &step.target.projection;
         let table = quote_name(object);
         let horizon = blob_literal(step.horizon.lsn.as_slice());
-        if !self.has_versions {
-            let sql = format!("delete from {table} where __source_lsn > {horizon}");
-            let deleted = session.execute(&sql, &[], object)?;
-            return Ok(Written { rows: deleted, deleted });
-        }
         let same = format!("{} and {table}.__source_lsn = l.__source_lsn", step.same_key(&table, "l"));
         let sql = format!(
             "update {table} set valid_to = l.valid_to, is_current = l.is_current, updated_at = ? \
@@ -215,8 +213,36 @@ impl Versions {
         let values = [text(&step.run_id), time(self.written_at), time(self.written_at)];
         let inserted = session.execute(&sql, &values, object)?;
         *next_key += inserted as i64;
+        let ended = self.end_older(session, step, &same)?;
         session.batch(&format!("drop table temp.{VERSIONS}"), VERSIONS)?;
         // An update in place counts as much as a deletion: its old values are kept, too.
-        Ok(Written { rows: updated + deleted + inserted, deleted: updated + deleted })
+        Ok(Written { rows: updated + deleted + inserted + ended, deleted: updated + deleted + ended })
+    }
+
+    /// Ends open versions that did not come: the target stood behind the log's horizon, and what ended them is not in the
+    /// log any more.
+    fn end_older(&self, session: &Session, step: &Step, same: &str) -> Result<u64> {
+        let object = &step.target.projection;
+        let table = quote_name(object);
+        let find = format!(
+            "create or replace temp table {CLOSED} as select rowid as shori_row from {table} \
+             where is_current and not exists (select 1 from temp.{VERSIONS} l where {same})"
+        );
+        session.batch(&find, CLOSED)?;
+        if session.number(&format!("select count(*) from temp.{CLOSED}"), CLOSED)? == 0 {
+            return session.batch(&format!("drop table temp.{CLOSED}"), CLOSED).map(|()| 0);
+        }
+        let end = format!(
+            "update {table} set valid_to = e.valid_to, is_current = false, updated_at = $1 \
+             from (select o.rowid as shori_row, coalesce(min(n.valid_from), \
+                 greatest($2::timestamp, any_value(o.valid_from) + interval 1 microsecond)) as valid_to \
+                 from {table} o left join {table} n on {} and n.valid_from > o.valid_from \
+                 where o.rowid in (select shori_row from temp.{CLOSED}) group by o.rowid) as e \
+             where {table}.rowid = e.shori_row",
+            step.same_key("o", "n")
+        );
+        let ended = session.execute(&end, &[time(self.written_at), time(step.as_of_time)], object)?;
+        session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;
+        Ok(ended)
     }
 }

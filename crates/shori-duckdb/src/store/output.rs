@@ -45,7 +45,7 @@ pub(super) struct Step {
     expected: Option<Positions>,
     checkpoint: Positions,
     as_of_lsn: Option<Lsn>,
-    as_of_time: Micros,
+    pub as_of_time: Micros,
     complete: bool,
 }
 

@@ -173,7 +173,7 @@ fn seen_target(store: &DuckdbStore, target: Target, status: &str, last_error: Op
     let part = |rows| if versions { OutputRows::Version(rows) } else { OutputRows::Upsert(rows) };
     let parts: Vec<OutputRows> = rows.into_iter().map(part).collect();
     let mut table = TargetTable::new(target);
-    table.apply(kind, &parts, &Position::ZERO)?;
+    table.apply(kind, &parts, &Position::ZERO, 0)?;
     table.checkpoint = checkpoint;
     table.last_error = last_error;
     table.status = match status {

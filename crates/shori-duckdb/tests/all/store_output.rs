@@ -424,20 +424,31 @@ async fn replace_above_horizon(store: &DuckdbStore, target: &Target, mut model: 
     let gone = model.iter().filter(|version| version.lsn > 550).map(|version| version.lsn).min();
     model.retain(|version| Some(version.lsn) != gone);
     let standing = |version: &&mut Version| version.lsn > 550 || version.to.is_none();
+    // Even seeds take the time of the output, odd ones find that it lies before the version's own.
+    let as_of = if seed.is_multiple_of(2) { 100_000 } else { 1 };
     let mut given: Vec<Version> = Vec::new();
     for version in model.iter_mut().filter(standing) {
-        if version.to.is_none() && version.id % 2 == 0 {
-            version.to = Some(9_999);
-            given.push(version.clone());
-            given.push(Version { lsn: 5_000, from: 9_999, to: None, ..version.clone() });
-        } else {
-            given.push(version.clone());
+        let is_older_and_open = version.lsn <= 550 && version.to.is_none();
+        match version.id % 4 {
+            // The log has forgotten it: deleted meanwhile, or changed.
+            0 if is_older_and_open => version.to = Some(as_of.max(version.from + 1)),
+            1 if is_older_and_open => {
+                version.to = Some(5_555);
+                given.push(Version { lsn: 550, from: 5_555, to: None, ..version.clone() });
+            }
+            2 if version.to.is_none() => {
+                version.to = Some(9_999);
+                given.push(version.clone());
+                given.push(Version { lsn: 5_000, from: 9_999, to: None, ..version.clone() });
+            }
+            _ => given.push(version.clone()),
         }
     }
-    model.extend(given.iter().filter(|version| version.lsn == 5_000).cloned());
+    let is_new = |version: &&Version| [5_555, 9_999].contains(&version.from);
+    model.extend(given.iter().filter(is_new).cloned());
     model.sort();
     let parts = vec![OutputRows::Version(version_rows(&given))];
-    commit(store, target, (0, 20), OutputKind::ReplaceVersions, parts, horizon).await.unwrap();
+    commit(store, target, (0, as_of as u64), OutputKind::ReplaceVersions, parts, horizon).await.unwrap();
     let (stored, after) = stored_versions(store).await;
     assert_eq!(stored, model, "seed {seed}");
     for (version, surrogate) in &before {

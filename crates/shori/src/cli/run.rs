@@ -134,6 +134,10 @@ fn log_event(event: &Event) {
             tracing::error!(%projection, reason, "projection failed, will be tried again")
         }
         Event::Retrying { what, reason, after } => tracing::warn!(what, reason, ?after, "trying again"),
+        Event::MissedByCompaction { projection } => tracing::warn!(
+            %projection,
+            "it missed changes that have been compacted, and is built anew; a history lacks the versions between"
+        ),
         Event::Compacted { capture, rows_before, rows_after } => {
             tracing::info!(%capture, rows_before, rows_after, "compacted")
         }

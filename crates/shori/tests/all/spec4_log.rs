@@ -79,6 +79,42 @@ fn spec4_09_staging_is_bounded_and_projections_are_rebuilt_from_what_is_kept() {
     assert_eq!(world.value("select amount from things_latest"), "7.00");
 }
 
+/// Projections left out of the configuration miss what compaction takes away meanwhile: deletions above all.
+#[test]
+fn spec4_09_projections_that_missed_what_was_compacted_are_built_anew() {
+    for forgetful in [false, true] {
+        let mut world = small();
+        let all = format!("{CONFIGURATION}[retention]\nkeep_hours = 0.0\n");
+        world.configure(&all);
+        world.write("insert into things values (3, 'three', '3.30'), (4, 'four', '4.40');");
+        world.succeed(&["run", "--once"]);
+        let others = all.find("[[projection]]\nname = \"things_latest\"").unwrap();
+        world.configure(&format!("{}[retention]\nkeep_hours = 0.0\n", &all[..others]));
+        world.write(
+            "delete from things where id = 2; update things set amount = '1.11' where id = 1; delete from things where id = 3;",
+        );
+        world.write("insert into things values (3, 'three', '3.33');");
+        world.succeed(&["run", "--once"]);
+        world.succeed(&["compact"]);
+        world.write("update things set amount = '1.12' where id = 1;");
+        if forgetful {
+            std::fs::remove_dir_all(world.path(".shori")).unwrap();
+        }
+        world.configure(&all);
+        world.succeed(&["run", "--once"]);
+        let query = |sql: &str| -> Vec<String> {
+            world.query(sql).into_iter().map(|row| row.into_iter().flatten().collect::<Vec<_>>().join(" ")).collect()
+        };
+        let rows = ["1 1.12", "3 3.33", "4 4.40"];
+        assert_eq!(query("select id, amount from things_latest order by id"), rows, "{forgetful}");
+        assert_eq!(query("select id, amount from things_history where is_current order by id"), rows, "{forgetful}");
+        // What stood before is there still, and ended.
+        let ended = "select id, amount from things_history where not is_current order by id, valid_from";
+        assert_eq!(query(ended), ["1 1.10", "1 1.11", "2 2.20", "3 3.30"], "{forgetful}");
+        world.verify();
+    }
+}
+
 #[test]
 fn spec4_10_backlog_is_counted_at_the_source() {
     let world = small();

@@ -171,6 +171,8 @@ impl World {
                 }
             }
             Event::Retrying { what, reason, .. } => self.note(worker, || format!("retries {what}: {reason}")),
+            // One process rebuilds a projection to where its own state stands, another compacts up to where it knew it.
+            Event::MissedByCompaction { projection } => self.note(worker, || format!("{projection} missed changes")),
             Event::Rejected { .. } => {}
         }
     }
