@@ -166,7 +166,7 @@ impl Projector {
             log.captures = stored;
         }
         self.open(state, log).await?;
-        self.load_checkpoints(state).await?;
+        self.load_checkpoints(state, log).await?;
         // Outputs of the step before go out before state moves on, so that neighbours share one step.
         let mut moved = self.start_outputs(state, log).await?;
         if let Some(step) = self.next_step(state, log) {

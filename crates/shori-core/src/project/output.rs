@@ -79,7 +79,7 @@ impl Projector {
         (positions, as_of_time): (Positions, Micros),
     ) -> Commit {
         let worker = &state.workers[index];
-        let horizon = target.captures.first().and_then(|id| log.captures.get(id)).map(|state| state.horizon);
+        let horizon = target.captures.first().map(|id| horizon(state, log, id));
         Commit {
             worker: index,
             store: worker.store.clone(),
@@ -104,9 +104,8 @@ impl Projector {
         let next = self.next_step(state, log);
         let more = |id: &CaptureId| next.iter().flat_map(|step| &step.captures).any(|advance| advance.capture == *id);
         target.captures.iter().any(|id| {
-            let known = log.captures.get(id).map_or(Position::ZERO, |capture| capture.horizon);
-            let horizon = state.compacted.get(id).map_or(known, |horizon| known.max(*horizon));
-            more(id) && state.applied.get(id).is_some_and(|applied| applied.position.lsn <= horizon.lsn)
+            let lsn = horizon(state, log, id).lsn;
+            more(id) && state.applied.get(id).is_some_and(|applied| applied.position.lsn <= lsn)
         })
     }
 
@@ -129,6 +128,14 @@ impl Projector {
             Err(error) => self.failed(state, outcome.worker, error).await,
         }
     }
+}
+
+/// The highest horizon of a capture's log that this process has met. Another process may have compacted it, or this one
+/// without hearing that it had: then reading the log was what told.
+fn horizon(state: &State, log: &LogState, id: &CaptureId) -> Position {
+    let known = log.captures.get(id).map(|capture| capture.horizon);
+    let met = [&state.compacted, &state.opened].into_iter().filter_map(|horizons| horizons.get(id).copied());
+    known.into_iter().chain(met).max().unwrap_or(Position::ZERO)
 }
 
 /// Whether a projection can be brought to where state stands.

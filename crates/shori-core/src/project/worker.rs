@@ -36,7 +36,7 @@ pub(super) struct Worker {
     /// Whether its store is known to show no error of it.
     pub(super) well: bool,
     pub(super) waiting: Vec<oneshot::Sender<Result<()>>>,
-    /// Where the projection must stand before those who wait for it are answered.
+    /// Where a projection that is built anew must stand before those who wait for it are answered.
     pub(super) goal: Positions,
 }
 
@@ -58,6 +58,7 @@ impl Worker {
                 // A receiver that has gone away no longer wants the answer.
                 let _ = waiting.send(Ok(()));
             }
+            self.goal.clear();
         }
     }
 }
@@ -117,7 +118,7 @@ impl Projector {
     }
 
     /// For workers that do not know where their target stands: makes it ready, reads the checkpoint, settles.
-    pub(super) async fn load_checkpoints(&mut self, state: &mut State) -> Result<()> {
+    pub(super) async fn load_checkpoints(&mut self, state: &mut State, log: &LogState) -> Result<()> {
         for index in 0..state.workers.len() {
             let worker = &state.workers[index];
             if worker.loaded || worker.committing || worker.not_before.is_some_and(|time| time > Instant::now()) {
@@ -128,6 +129,10 @@ impl Projector {
                     let worker = &mut state.workers[index];
                     worker.target = Some(Arc::new(target));
                     worker.checkpoint = checkpoint;
+                    // Whoever asked for it anew may have been another process, or this one before it was started again.
+                    if worker.checkpoint.is_none() && worker.goal.is_empty() {
+                        worker.goal = cutoffs(log);
+                    }
                     worker.loaded = true;
                     worker.not_before = None;
                     state.forgotten = false;
@@ -294,15 +299,19 @@ impl Projector {
     }
 }
 
-/// How far captures that do not stand still can be projected: per timeline, its lowest boundary.
+/// How far captures can be projected: per timeline to the lowest boundary of those that move. One that stands still goes
+/// on from where it stands.
 fn cutoffs(log: &LogState) -> Positions {
     let mut lowest: BTreeMap<&Arc<str>, Position> = BTreeMap::new();
-    let moving = || log.captures.iter().filter(|(_, capture)| capture.failed.is_none());
-    for (_, capture) in moving() {
+    for capture in log.captures.values().filter(|capture| capture.failed.is_none()) {
         let boundary = capture.watermark.boundary;
         lowest.entry(&capture.timeline).and_modify(|at| *at = (*at).min(boundary)).or_insert(boundary);
     }
-    moving().filter_map(|(id, capture)| Some((id.clone(), *lowest.get(&capture.timeline)?))).collect()
+    let cutoff = |capture: &CaptureState| match &capture.failed {
+        None => lowest.get(&capture.timeline).copied(),
+        Some(_) => Some(capture.watermark.boundary),
+    };
+    log.captures.iter().filter_map(|(id, capture)| Some((id.clone(), cutoff(capture)?))).collect()
 }
 
 fn key_of(tables: &[StateTable], table: &str) -> Vec<String> {

@@ -16,15 +16,11 @@ struct Busy {
 
 impl Busy {
     fn start() -> Self {
-        Self::start_with(|world| forgetful(world, &["run"]))
-    }
-
-    fn start_with(run: impl Fn(&World) -> Command) -> Self {
         let world = World::demo();
         let rate =
             ["generate", "--rate", "1500", "--customers", "300", "--transaction-max-rows", "200", "--seed", "11"];
         let application = world.start(&rate);
-        let mut pipeline = world.reached(Running::start(run(&world)));
+        let mut pipeline = world.reached(Running::start(forgetful(&world, &["run"])));
         let begun = "select count(*) from ctl_projection_metadata where status = 'OK' and as_of_lsn is not null";
         until("all projections", || {
             pipeline.assert_running();
@@ -91,24 +87,6 @@ fn projections_are_built_anew_while_changes_flow() {
     }
     world.verify();
     world.shori(&["rebuild", "nothing"]).tells(2, &["projection nothing", "none of that name"]);
-}
-
-#[test]
-fn a_history_built_anew_shows_what_it_did_until_it_is_there_again() {
-    // With all of the log kept, its replay has many stops.
-    let busy = Busy::start_with(|world| world.command(&["run"]));
-    let versions = || busy.world.value("select count(*) from dim_orders_history").parse::<u64>().unwrap();
-    let mut seen = versions();
-    for _ in 0..3 {
-        let mut rebuild = busy.world.start(&["rebuild", "dim_orders_history"]);
-        while !rebuild.has_ended() {
-            let now = versions();
-            assert!(now >= seen, "{seen} versions, then {now}");
-            seen = now;
-        }
-        assert!(rebuild.wait().success());
-    }
-    busy.end();
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::plan::Act;
 use super::world::World;
 use crate::position::{CaptureId, Position};
+use crate::projection::TargetShape;
 use crate::store::RunStatus;
 use crate::testing::memory_database::commit_end;
 use crate::testing::memory_store::MemoryStorage;
@@ -41,6 +42,13 @@ fn check_target(world: &World, storage: &MemoryStorage, projection: &str) -> Ver
     let model = model_projections();
     let found = model.iter().find(|other| &*other.name == projection);
     found.map_or(Ok(()), |projection| oracle::check_target(&world.database, storage, projection))
+}
+
+/// How many versions a target holds, if it is one of versions.
+pub fn versions(world: &World, projection: &str) -> Result<Option<usize>, String> {
+    let target = durable(world)?.target(projection);
+    let versions = target.filter(|target| target.target.shape == TargetShape::Versions);
+    Ok(versions.map(|target| target.rows().len()))
 }
 
 /// Ends of commits and of snapshot chunks have the highest number there is.

@@ -1,6 +1,6 @@
 //! One simulated world: what survives crashes, who runs in it, and what has been seen to go wrong.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -41,6 +41,8 @@ struct Seen {
     /// Tables whose break has not been dealt with yet.
     held: BTreeSet<Arc<str>>,
     overtaken: bool,
+    /// Versions that each history showed when its newest output was committed.
+    versions: BTreeMap<Arc<str>, usize>,
 }
 
 /// A worker's process while it lives.
@@ -146,6 +148,7 @@ impl World {
                 if self.looks_now() {
                     self.hold(checks::target(self, projection));
                 }
+                self.hold(self.loses_no_versions(projection));
             }
             Event::CaptureFailed { capture, reason } => {
                 self.note(worker, || format!("{capture} stands still: {reason}"));
@@ -174,6 +177,19 @@ impl World {
             // One process rebuilds a projection to where its own state stands, another compacts up to where it knew it.
             Event::MissedByCompaction { projection } => self.note(worker, || format!("{projection} missed changes")),
             Event::Rejected { .. } => {}
+        }
+    }
+
+    /// A history that is built anew shows what it did until it is there again. Of two processes, each may be asked to, and
+    /// builds it from where its own state stands.
+    fn loses_no_versions(&self, projection: &Arc<str>) -> checks::Verdict {
+        if self.plan.workers > 1 {
+            return Ok(());
+        }
+        let Some(now) = checks::versions(self, projection)? else { return Ok(()) };
+        match self.seen().versions.insert(projection.clone(), now) {
+            Some(before) if before > now => Err(format!("{projection} had {before} versions and shows {now}")),
+            _ => Ok(()),
         }
     }
 
