@@ -151,7 +151,7 @@ pub fn check_target(database: &MemoryDatabase, storage: &MemoryStorage, projecti
     let Some(target) = storage.target(&projection.name) else { return Ok(()) };
     let Some(checkpoint) = &target.checkpoint else { return Ok(()) };
     let mut tables = QueryTables::new();
-    let mut expected = Vec::new();
+    let (mut expected, mut live) = (Vec::new(), Vec::new());
     let mut compacted = Position::ZERO;
     let mut below = false;
     for table in projection.tables() {
@@ -172,7 +172,10 @@ pub fn check_target(database: &MemoryDatabase, storage: &MemoryStorage, projecti
         let schema = database.schema(&table);
         match &projection.derivation {
             Derivation::Latest { .. } => expected.extend(told.rows.values().map(|(row, lsn)| with_lsn(row, lsn))),
-            Derivation::History(_) => expected.extend(version_rows(&schema, &told)),
+            Derivation::History(_) => {
+                expected.extend(version_rows(&schema, &told));
+                live.extend(told.rows.values().map(|(row, _)| row.clone()));
+            }
             Derivation::Sql(_) => {}
         }
         let rows = told.rows.values().map(|(row, lsn)| StateRow::new(row.clone(), *lsn)).collect();
@@ -186,6 +189,7 @@ pub fn check_target(database: &MemoryDatabase, storage: &MemoryStorage, projecti
     }
     if matches!(projection.derivation, Derivation::History(_)) && compacted > Position::ZERO {
         // What stood before the horizon can no longer be told from the log.
+        check_open(projection, &target, live)?;
         return check_chains(projection, &target, &compacted, &expected);
     }
     let mut found = target.rows();
@@ -198,6 +202,15 @@ pub fn check_target(database: &MemoryDatabase, storage: &MemoryStorage, projecti
         expected = expected.iter().map(|row| pick(row, &values)).collect();
     }
     compare(projection, found, expected, &format!("{:?}", checkpoint.positions))
+}
+
+/// The open versions are the table's rows.
+fn check_open(projection: &Projection, target: &TargetTable, live: Vec<Row>) -> Verdict {
+    let to = target.target.columns.index_of(history::VALID_TO).unwrap();
+    let own = target.target.columns.fields().iter().position(|field| field.name() == history::VALID_FROM);
+    let values: Vec<usize> = (0..own.unwrap()).collect();
+    let open = target.rows().iter().filter(|row| row[to].is_null()).map(|row| pick(row, &values)).collect();
+    compare(projection, open, live, "its open versions")
 }
 
 /// Versions follow each other without gap over changes, none overlap, and those above the horizon are all there.

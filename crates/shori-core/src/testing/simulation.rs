@@ -135,6 +135,7 @@ async fn live(world: &Arc<World>) {
 /// From here on nothing fails: everything must arrive.
 async fn come_to_rest(world: &Arc<World>, rng: &mut rand_chacha::ChaCha8Rng) {
     world.faults.set_plan(FaultPlan::NONE);
+    world.settling.cancel();
     world.processes().iter().for_each(|process| process.faults.spare());
     world.faults.note("from here on nothing fails");
     // Something new, lest a worker sleep over what another did.

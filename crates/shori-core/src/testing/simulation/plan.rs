@@ -88,6 +88,8 @@ pub struct Plan {
     pub prunes: bool,
     /// One commit in so many brings a message that cannot be decoded.
     pub rejects: Option<u64>,
+    /// Some processes are configured without some of the projections.
+    pub leaves_out: bool,
     pub checks: u32,
 }
 
@@ -113,6 +115,7 @@ impl Plan {
             (shape.keys, shape.statements) = (24, size.large_transaction);
         }
         let acts = draw_acts(rng, size, workers, tables, chosen.len());
+        let breaks = acts.iter().any(|act| matches!(act, Act::Break { .. }));
         Plan {
             workers,
             shape,
@@ -135,6 +138,8 @@ impl Plan {
             projections: chosen,
             prunes: !one_in(rng, 4),
             rejects: one_in(rng, 4).then(|| rng.random_range(1..6)),
+            // While a table is broken, its neighbours must come as far as the source, whoever runs.
+            leaves_out: !breaks && one_in(rng, 4),
             checks: size.checks,
         }
     }

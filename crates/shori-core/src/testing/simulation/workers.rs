@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 
 use super::plan::{CacheFate, rng_of};
 use super::source::SimulatedSource;
@@ -12,6 +13,7 @@ use super::world::{Process, World};
 use crate::error::Result;
 use crate::event::Events;
 use crate::pipeline::{Pipeline, Prepared};
+use crate::projection::Projection;
 use crate::testing::faults::Faults;
 use crate::testing::memory_source::MemorySource;
 
@@ -30,7 +32,8 @@ pub async fn live(world: Arc<World>, worker: usize) {
         let faults = world.faults.process();
         world.note(worker, || format!("starts process {process}"));
         let run_id = format!("{worker}-{process}");
-        run(&world, worker, &run_id, &faults).await;
+        let configured = configured(&world, &mut rng);
+        run(&world, worker, &run_id, &faults, configured).await;
         world.set_process(worker, None);
         for _ in 0..DROP_TURNS {
             tokio::task::yield_now().await;
@@ -46,8 +49,15 @@ pub async fn live(world: Arc<World>, worker: usize) {
     }
 }
 
-async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) {
-    let prepared = match prepare(world, worker, run_id, faults) {
+/// The projections of the next process: now and then somebody leaves some out for a while.
+fn configured(world: &World, rng: &mut ChaCha8Rng) -> Vec<Projection> {
+    let some = world.plan.leaves_out && !world.settling.is_cancelled() && rng.random_range(0..2) == 0;
+    world.projections.iter().filter(|_| !some || rng.random_range(0..2) == 0).cloned().collect()
+}
+
+async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults, projections: Vec<Projection>) {
+    let is_partial = projections.len() < world.projections.len();
+    let prepared = match prepare(world, worker, run_id, faults, projections) {
         Ok(prepared) => prepared,
         Err(error) => return world.fail(format!("worker {worker} cannot open its parts: {error}")),
     };
@@ -55,7 +65,11 @@ async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) {
     let stop = handle.stop.clone();
     world.set_process(worker, Some(Process { handle, faults: faults.clone() }));
     let overdue = async {
-        stop.cancelled().await;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = world.settling.cancelled(), if is_partial => stop.cancel(),
+        }
         tokio::time::sleep(STOP_LIMIT).await;
     };
     tokio::select! {
@@ -73,7 +87,13 @@ async fn run(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) {
     }
 }
 
-fn prepare(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) -> Result<Prepared> {
+fn prepare(
+    world: &Arc<World>,
+    worker: usize,
+    run_id: &str,
+    faults: &Faults,
+    projections: Vec<Projection>,
+) -> Result<Prepared> {
     let (store, transform) = world.parts.start(worker, faults)?;
     let source = SimulatedSource {
         inner: MemorySource::new(&world.database, faults.clone(), world.plan.habits),
@@ -90,7 +110,7 @@ fn prepare(world: &Arc<World>, worker: usize, run_id: &str, faults: &Faults) -> 
         sources: vec![Box::new(source)],
         staging: store.clone(),
         transform,
-        projections: world.projections.iter().map(|projection| (projection.clone(), store.clone())).collect(),
+        projections: projections.into_iter().map(|projection| (projection, store.clone())).collect(),
         settings: world.plan.settings,
         events: Events::new(move |event| observer.observe(worker, event)),
     };

@@ -24,6 +24,8 @@ pub struct World {
     pub projections: Vec<Projection>,
     pub faults: Faults,
     pub handed_out: HandedOut,
+    /// Every process that is started from here on has all projections.
+    pub settling: CancellationToken,
     /// No process is started again.
     pub ending: CancellationToken,
     pub failed: CancellationToken,
@@ -70,6 +72,7 @@ impl World {
             projections,
             faults,
             handed_out: HandedOut::default(),
+            settling: CancellationToken::new(),
             ending: CancellationToken::new(),
             failed: CancellationToken::new(),
             crashes: AtomicU64::new(0),
