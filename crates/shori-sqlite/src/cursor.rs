@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 use shori_core::position::{CaptureId, Micros, Position, Watermark};
 use shori_core::schema::SchemaChange;
 use shori_core::source::{Resume, SnapshotProgress, SnapshotState, SourceBatch, Started};
@@ -176,10 +176,58 @@ pub(crate) fn check_gap(capture: &Capture, staged: i64, pruned: i64) -> Result<(
 }
 
 /// The file knows fewer changes than the log has.
-pub(crate) fn restored(database: &Database, staged: i64, newest: i64) -> Error {
-    let cause = format!("the log has its change {staged}, but its newest is {newest}: it is an older copy");
+fn restored(database: &Database, staged: i64, newest: i64) -> Error {
+    let cause =
+        format!("the log has its change {staged}, but its newest is {newest}: it is an older copy or another file");
+    replaced(database, cause)
+}
+
+fn replaced(database: &Database, cause: String) -> Error {
     Error::new(ErrorKind::SourceReplaced, "read", database.name(), cause)
         .with_remedy("put the captured file back and start again, or start with an empty log")
+}
+
+/// Whether the file is the one that the log was read from, as far as the log has come: it has that change, and has not
+/// given its number to a later one. A copy that was put back and written to since may have come past it.
+pub(crate) fn check_history(database: &Database, watermark: &Watermark, newest: i64) -> Result<()> {
+    let staged = positions::change_at(&watermark.staged)?;
+    if newest < staged {
+        return Err(restored(database, staged, newest));
+    }
+    let boundary = positions::change_at(&watermark.boundary)?;
+    let query = "select at_us from _shori_changes where id = ?1";
+    let read = |row: &rusqlite::Row<'_>| row.get::<_, Micros>(0);
+    let mut statement = database.connection.prepare_cached(query).map_err(database.fail("read"))?;
+    let found = statement.query_row([boundary], read).optional().map_err(database.fail("read"))?;
+    // The boundary's time is that of its change, or later where the clock went back or a snapshot was read there.
+    match found.is_some_and(|time| time > watermark.boundary_time) {
+        true => {
+            let cause =
+                format!("its change {boundary} is not the one that the log has: it is an older copy, written to since");
+            Err(replaced(database, cause))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Change rows that Shori has pruned, of whichever capture, end at or below this one. A before image is not remembered,
+/// and may have gone ahead of its change.
+pub(crate) fn pruned_at_most(connection: &Connection) -> rusqlite::Result<i64> {
+    let query = "select ifnull(max(pruned_to), 0) + 1 from _shori_captures";
+    connection.prepare_cached(query)?.query_row([], |row| row.get(0))
+}
+
+/// Change rows are missing that nobody but a stranger can have deleted: any capture may have lost some.
+pub(crate) fn fail_all(cursor: &mut Cursor, first: i64, last: i64, batch: &mut SourceBatch) {
+    let captures = cursor.captures.iter_mut();
+    for capture in captures.filter(|capture| !capture.failed && capture.needs_every_change() && capture.after < last) {
+        let table = &capture.layout.table.name;
+        let cause = format!("changes {first} to {last} are gone from _shori_changes, and Shori has not pruned them");
+        let error = Error::new(ErrorKind::Gap, "read", format!("changes of table {table}"), cause)
+            .with_remedy(format!("run shori resnapshot {table}"));
+        capture.failed = true;
+        batch.failed.push((capture.id.clone(), error));
+    }
 }
 
 /// Follows the tables after their schema changed, and tells what is another from here on.

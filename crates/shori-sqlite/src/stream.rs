@@ -67,9 +67,7 @@ fn look(
             let seen = Seen::read(&reading).map_err(&fail)?;
             cursor::check_identity(database, &cursor.identity, &seen.identity)?;
             let staged = positions::change_at(&cursor.watermark.staged)?;
-            if seen.newest < staged {
-                return Err(cursor::restored(database, staged, seen.newest));
-            }
+            cursor::check_history(database, &cursor.watermark, seen.newest)?;
             check_gaps(&reading, cursor, staged, batch)?;
             settle_start(cursor, &seen)?;
             cursor.data_version = Some(seen.data_version);
@@ -199,13 +197,29 @@ fn read_changes(
     let mut rows = statement.query([after, target.id]).map_err(&fail)?;
     let (mut last, mut read, mut full) = (after, 0, false);
     while let Some(row) = rows.next().map_err(&fail)? {
-        if read >= limit.rows || changes.bytes >= limit.bytes {
+        let id: i64 = row.get(0).map_err(&fail)?;
+        // The batch ends before a gap, so that it fails nobody who has changes in it.
+        let ends = id > last + 1 && last > after;
+        if ends || read >= limit.rows || changes.bytes >= limit.bytes {
             full = true;
             break;
         }
-        last = row.get(0).map_err(&fail)?;
-        changes.push(row, last, cursor, batch).map_err(&fail)??;
-        read += 1;
+        if id > last + 1 && id - 1 > cursor::pruned_at_most(&database.connection).map_err(&fail)? {
+            cursor::fail_all(cursor, last + 1, id - 1, batch);
+        }
+        last = id;
+        // Before images are numbered too: gaps show only where they are counted.
+        if row.get::<_, i64>(2).map_err(&fail)? != BEFORE {
+            changes.push(row, id, cursor, batch).map_err(&fail)??;
+            read += 1;
+        }
+    }
+    if !full && last < target.id {
+        // The newest row is never pruned.
+        match last > after {
+            true => full = true,
+            false => cursor::fail_all(cursor, last + 1, target.id, batch),
+        }
     }
     for builder in changes.builders.into_iter().flatten() {
         batch.changes.extend(builder.finish()?);
@@ -274,7 +288,7 @@ impl Changes {
         let slots: String = (0..self.slots).map(|slot| format!(", v{slot}")).collect();
         format!(
             "select id, capture, op, at_us{slots} from _shori_changes
-            where id > ?1 and id <= ?2 and op <> {BEFORE}
+            where id > ?1 and id <= ?2
             order by id"
         )
     }
@@ -291,7 +305,7 @@ impl Changes {
             return Ok(Ok(()));
         };
         let capture = &mut cursor.captures[index];
-        if id <= capture.after {
+        if id <= capture.after || capture.failed {
             return Ok(Ok(()));
         }
         let op: i64 = row.get(2)?;

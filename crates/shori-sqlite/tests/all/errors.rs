@@ -89,6 +89,83 @@ fn an_older_copy_of_the_file_is_noticed() {
 }
 
 #[test]
+fn change_rows_deleted_by_somebody_else_are_a_gap() {
+    // What is deleted, of changes 3 to 8, and what is read all the same before the gap.
+    for (deleted, before) in [("id = 5", 2), ("id in (3, 4)", 0), ("id > 6", 4), ("id > 2", 0)] {
+        let mut fixture = fixture();
+        fixture.run("create table u (id integer primary key); insert into u values (1);");
+        fixture.config.tables.push(SqliteTable::new("u"));
+        let mut reader = fixture.reader();
+        reader.start().unwrap();
+        fixture.run("insert into t values (1), (2);");
+        reader.drain(ALL);
+        fixture.run("insert into t values (3), (4), (5), (6), (7), (8);");
+        fixture.run(&format!("delete from _shori_changes where {deleted}"));
+        reader.drain(ALL);
+        let failed: Vec<_> = reader.failed.iter().map(|(id, error)| (&*id.instance, error.kind())).collect();
+        assert_eq!(failed, [("t", ErrorKind::Gap), ("u", ErrorKind::Gap)], "{deleted}");
+        let error = &reader.failed[0].1;
+        assert!(error.to_string().contains("are gone from _shori_changes"), "{error}");
+        assert_eq!(error.remedy(), Some("run shori resnapshot t"));
+        assert_eq!(reader.rows("t").len(), 2 + before, "{deleted}");
+        assert!(reader.all_read(), "{deleted}: reading goes on behind the gap");
+    }
+}
+
+#[test]
+fn a_capture_without_changes_misses_nothing_by_what_was_pruned() {
+    let mut fixture = fixture();
+    fixture.run("create table u (id integer primary key); alter table t add column v integer;");
+    fixture.config.tables.push(SqliteTable::new("u"));
+    fixture.config.keep_changes = std::time::Duration::ZERO;
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    fixture.run("insert into t values (1, 1); insert into u values (1);");
+    reader.drain(ALL);
+    let older = reader.watermark;
+    // The newest row that goes is a before image, the newest that stays the change that it belongs to.
+    fixture.run("update t set v = 2; update t set v = 3;");
+    reader.drain(ALL);
+    reader.acknowledge();
+    let query = "select min(id) - max(pruned_to) from _shori_changes, _shori_captures";
+    assert_eq!(fixture.number(query), 2);
+    reader.watermark = older;
+    reader.start().unwrap();
+    fixture.run("insert into u values (2);");
+    reader.drain(ALL);
+    let failed = reader.started.as_ref().unwrap().failed.iter().chain(&reader.failed);
+    let failed: Vec<&str> = failed.map(|(id, _)| &*id.instance).collect();
+    assert_eq!(failed, ["t"]);
+    assert_eq!(reader.rows("u").len(), 2);
+}
+
+#[test]
+fn a_copy_put_back_and_written_to_since_is_noticed() {
+    let fixture = fixture();
+    let mut reader = fixture.reader();
+    reader.start().unwrap();
+    reader.drain(ALL);
+    let copy = fixture.directory.path().join("copy.db");
+    fixture.run(&format!("vacuum into '{}'", copy.display()));
+    fixture.run("insert into t values (1), (2);");
+    reader.drain(ALL);
+    // Time as SQLite knows it has passed.
+    let clock = open(&copy);
+    let now = || clock.query_row("select strftime('%s %f')", [], |row| row.get::<_, String>(0)).unwrap();
+    let then = now();
+    while now() == then {}
+    clock.execute_batch("insert into t values (3), (4), (5)").unwrap();
+    let mut config = fixture.config.clone();
+    config.path = copy;
+    reader.config = config.clone();
+    reader.source = shori_sqlite::SqliteSource::new(config.clone());
+    reader.start().unwrap();
+    let error = reader.next(ALL).unwrap_err();
+    assert_is(&error, ErrorKind::SourceReplaced, &config.path);
+    assert!(error.to_string().contains("written to since"), "{error}");
+}
+
+#[test]
 fn capture_tables_made_anew_are_noticed() {
     let fixture = fixture();
     let mut reader = fixture.reader();

@@ -110,9 +110,11 @@ fn a_source_replaced_by_another_file_stops_the_pipeline() {
     world.write("insert into things values (3, 'three', '3.30');");
     world.succeed(&["run", "--once"]);
     assert_eq!(names(&world), ["one", "two", "three"]);
-    // An older copy: changes of the log are not in it.
+    // An older copy: changes of the log are not in it, also when its own have come past them.
     replace(&captured);
     world.shori(&["run"]).tells(1, &["source.db", "put the captured file back"]);
+    world.write("insert into things values (4, 'four', '4.40'), (5, 'five', '5.50');");
+    world.shori(&["run"]).tells(1, &["source.db", "an older copy, written to since", "put the captured file back"]);
     assert_eq!(names(&world), ["one", "two", "three"], "what is served stays");
 }
 
