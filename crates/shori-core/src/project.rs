@@ -174,7 +174,8 @@ impl Projector {
             moved = true;
             self.start_outputs(state, log).await?;
         }
-        if !moved && !state.forgotten && state.commits.is_empty() {
+        let is_open = !state.tables.is_empty();
+        if !moved && is_open && !state.forgotten && state.commits.is_empty() {
             self.forget(state).await?;
         }
         Ok(moved)

@@ -32,8 +32,12 @@ pub enum SchemaChange {
     },
 }
 
+/// Column names that mean something else where rows are kept: DuckDB finds rows by `rowid`, and a query's tables have the
+/// commit of each row as `__lsn`. Whatever their case.
+const TAKEN_NAMES: [&str; 2] = ["rowid", "__lsn"];
+
 impl TableSchema {
-    /// Fails when the key is empty or a type is none that [`is_carried`].
+    /// Fails when the key is empty, a type is none that [`is_carried`], or a column has a name that cannot be kept.
     pub fn new(table: &str, fields: Vec<Field>, key: &[&str]) -> Result<Self> {
         let refuse = |cause: String| Err(Error::new(ErrorKind::Schema, "capture", format!("table {table}"), cause));
         if key.is_empty() {
@@ -48,6 +52,12 @@ impl TableSchema {
         }
         if let Some(field) = fields.iter().find(|field| !is_carried(field.data_type())) {
             return refuse(format!("column {} has type {}, which no store carries", field.name(), field.data_type()));
+        }
+        let is_taken = |field: &&Field| TAKEN_NAMES.contains(&field.name().to_lowercase().as_str());
+        if let Some(field) = fields.iter().find(is_taken) {
+            let cause =
+                format!("column {} has a name that stands for something else where rows are kept", field.name());
+            return refuse(cause).map_err(|error| error.with_remedy("rename the column in the source"));
         }
         Ok(Self { table: table.into(), columns: Arc::new(Schema::new(fields)), key: indexes })
     }

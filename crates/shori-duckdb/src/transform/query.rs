@@ -95,13 +95,40 @@ fn misfit(sql: &SqlProjection, cause: String) -> Error {
     Error::new(ErrorKind::Projection, "use", format!("the query in {}", sql.file), cause)
 }
 
-/// Columns of a projection's output.
+/// Columns of a projection's output; fails where a table cannot have them.
 pub(super) fn output_columns(session: &Session, layout: &Layout, projection: &Projection) -> Result<SchemaRef> {
-    match &projection.derivation {
-        Derivation::Sql(sql) => Ok(shape(session, layout, sql)?.published),
-        Derivation::Latest { table } => Ok(latest_columns(layout.table(table)?)),
-        Derivation::History(of) => Ok(history_columns(layout.table(&of.table)?, &of.key)),
+    let columns = match &projection.derivation {
+        Derivation::Sql(sql) => shape(session, layout, sql)?.published,
+        Derivation::Latest { table } => latest_columns(layout.table(table)?),
+        Derivation::History(of) => {
+            let table = layout.table(&of.table)?;
+            check_history_key(&projection.name, table, &of.key)?;
+            history_columns(table, &of.key)
+        }
+    };
+    let names: Vec<String> = columns.fields().iter().map(|field| field.name().to_lowercase()).collect();
+    let wrong = (names.iter().enumerate()).find(|(index, name)| *name == "rowid" || names[..*index].contains(name));
+    match wrong {
+        Some((_, name)) if name == "rowid" => {
+            Err(refused(&projection.name, "no column of it may be called rowid".into()))
+        }
+        Some((_, name)) => Err(refused(&projection.name, format!("two of its columns would be called {name}"))),
+        None => Ok(columns),
     }
+}
+
+fn check_history_key(projection: &str, table: &Table, key: &[String]) -> Result<()> {
+    if key.len() == table.key.len() {
+        return Ok(());
+    }
+    let own: Vec<&str> = table.key.iter().map(|&index| table.columns[index].name().as_str()).collect();
+    let cause = format!("its key names {} columns, and the table's key is ({})", key.len(), own.join(", "));
+    let remedy = "give a name for each column of the table's key, in its order, or leave key out";
+    Err(refused(projection, cause).with_remedy(remedy))
+}
+
+fn refused(projection: &str, cause: String) -> Error {
+    Error::new(ErrorKind::Projection, "build", format!("projection {projection}"), cause)
 }
 
 pub(super) fn latest_columns(table: &Table) -> SchemaRef {

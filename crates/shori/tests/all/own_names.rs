@@ -85,3 +85,35 @@ fn columns_with_the_names_of_a_historys_own_are_published_beside_them() {
     let done = world.shori(&["verify"]);
     assert!(done.status == Some(1) && done.out.contains("valid_to"), "{done:?}");
 }
+
+#[test]
+fn a_column_whose_name_cannot_be_kept_is_refused_and_its_neighbours_go_on() {
+    let neighbour = CONFIGURATION.replace("[[store]]", "[source.tables.taken]\n[[store]]");
+    for column in ["rowid", "RowID", "__lsn"] {
+        let source = format!("{SOURCE} create table taken (id integer primary key, {column} text);");
+        let world = World::configured(&neighbour, &[], &source);
+        world.shori(&["check"]).tells(1, &["table taken", column, "rename the column in the source"]);
+        let done = world.shori(&["run", "--once"]);
+        assert!(done.err.contains("table taken") && done.err.contains(column), "{done:?}");
+        assert_eq!(world.value("select count(*) from contracts_history"), "1");
+    }
+}
+
+#[test]
+fn a_history_whose_key_does_not_fit_its_table_is_refused() {
+    for (key, cause) in [
+        (r#"["began"]"#, "its key names 1 columns, and the table's key is (Valid_From, batch_id)"),
+        (r#"["began", "batch", "more"]"#, "its key names 3 columns"),
+        (r#"["began", "note"]"#, "two of its columns would be called note"),
+        (r#"["began", "Began"]"#, "two of its columns would be called began"),
+        (r#"["began", "ROWID"]"#, "no column of it may be called rowid"),
+    ] {
+        let world = World::configured(&CONFIGURATION.replace(r#"["began", "batch"]"#, key), &[], SOURCE);
+        for verb in [&["check"][..], &["run", "--once"]] {
+            let done = world.shori(verb);
+            let told = done.err.lines().find(|line| line.contains("projection contracts_keyed"));
+            assert!(done.status == Some(1) && told.is_some_and(|line| line.contains(cause)), "{key}: {done:?}");
+        }
+        assert_eq!(world.value("select count(*) from contracts_history"), "1", "{key}");
+    }
+}
