@@ -110,9 +110,7 @@ pub(crate) fn start(
             failed: false,
             id,
         };
-        if capture.after > newest {
-            return Err(restored(database, capture.after, newest));
-        }
+        check_reaches(database, capture.after, newest)?;
         let pruned = pruned_to(&database.connection, capture.layout.number).map_err(&fail)?;
         let read_anew = accept.contains(&*capture.id.instance);
         if let Err(error) = check_resume(&capture, known.filter(|_| !read_anew), pruned) {
@@ -175,11 +173,14 @@ pub(crate) fn check_gap(capture: &Capture, staged: i64, pruned: i64) -> Result<(
         .with_remedy(format!("run shori resnapshot {table}")))
 }
 
-/// The file knows fewer changes than the log has.
-fn restored(database: &Database, staged: i64, newest: i64) -> Error {
+/// Fails where the file knows fewer changes than the log has.
+pub(crate) fn check_reaches(database: &Database, staged: i64, newest: i64) -> Result<()> {
+    if newest >= staged {
+        return Ok(());
+    }
     let cause =
         format!("the log has its change {staged}, but its newest is {newest}: it is an older copy or another file");
-    replaced(database, cause)
+    Err(replaced(database, cause))
 }
 
 fn replaced(database: &Database, cause: String) -> Error {
@@ -190,10 +191,7 @@ fn replaced(database: &Database, cause: String) -> Error {
 /// Whether the file is the one that the log was read from, as far as the log has come: it has that change, and has not
 /// given its number to a later one. A copy that was put back and written to since may have come past it.
 pub(crate) fn check_history(database: &Database, watermark: &Watermark, newest: i64) -> Result<()> {
-    let staged = positions::change_at(&watermark.staged)?;
-    if newest < staged {
-        return Err(restored(database, staged, newest));
-    }
+    check_reaches(database, positions::change_at(&watermark.staged)?, newest)?;
     let boundary = positions::change_at(&watermark.boundary)?;
     let query = "select at_us from _shori_changes where id = ?1";
     let read = |row: &rusqlite::Row<'_>| row.get::<_, Micros>(0);

@@ -48,7 +48,7 @@ pub fn log_end(config: &SqliteConfig) -> Result<Position> {
     positions::of_change(cursor::newest_change(&database.connection).map_err(&fail)?)
 }
 
-/// Changes in the source's own log above `position`, over all captured tables.
+/// Changes in the source's own log above `position`, over all captured tables; fails if it does not reach there.
 pub fn changes_above(config: &SqliteConfig, position: &Position) -> Result<u64> {
     let read_to = positions::change_at(position)?;
     let database = Database::open(&config.path, config.busy_timeout)?;
@@ -57,6 +57,7 @@ pub fn changes_above(config: &SqliteConfig, position: &Position) -> Result<u64> 
         return Ok(0);
     }
     let newest = cursor::newest_change(&database.connection).map_err(&fail)?;
+    cursor::check_reaches(&database, read_to, newest)?;
     cursor::count_changes(&database.connection, read_to, newest).map_err(&fail)
 }
 

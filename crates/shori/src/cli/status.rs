@@ -7,9 +7,9 @@ use std::time::Duration;
 use arrow::array::{Array, AsArray, RecordBatch};
 use clap::Args;
 use serde::Serialize;
-use shori_core::Result;
 use shori_core::pipeline::now;
 use shori_core::position::{Position, SortKey};
+use shori_core::{ErrorKind, Result};
 
 use super::Which;
 use super::reach::Reach;
@@ -119,13 +119,14 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
     let mut captures = Vec::new();
     for row in rows(&reach.query(loaded, None, CAPTURES)?) {
         let [source, capture, lsn, failed, rejected] = take(row);
+        let (changes_waiting, unreadable) = waiting(loaded, source.as_deref(), lsn.as_deref());
         captures.push(CaptureStatus {
-            changes_waiting: waiting(loaded, source.as_deref(), lsn.as_deref()),
+            changes_waiting,
             source: source.unwrap_or_default(),
             capture: capture.unwrap_or_default(),
             last_ingested_lsn: lsn.filter(|lsn| !lsn.is_empty()),
             rejected: rejected.and_then(|count| count.parse().ok()).unwrap_or(0),
-            failed,
+            failed: failed.or(unreadable),
         });
     }
     captures.extend(never_captured(loaded, &captures));
@@ -184,16 +185,19 @@ fn projection(loaded: &Loaded, store: &str, row: Vec<Option<String>>) -> Option<
     })
 }
 
-fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> Option<u64> {
-    let source = loaded.config.sources.iter().find(|configured| Some(configured.name.as_str()) == source)?;
-    let watermark = u64::from_str_radix(lsn.filter(|lsn| !lsn.is_empty()).unwrap_or("0"), 16).ok()?;
+/// The backlog; or why nothing can be read. A source that is only busy is one that goes on.
+fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> (Option<u64>, Option<String>) {
+    let configured = loaded.config.sources.iter().find(|configured| Some(configured.name.as_str()) == source);
+    let watermark = u64::from_str_radix(lsn.filter(|lsn| !lsn.is_empty()).unwrap_or("0"), 16).ok();
+    let (Some(configured), Some(watermark)) = (configured, watermark) else { return (None, None) };
     let watermark = Position::new(SortKey::from_u64(watermark), SortKey::MAX);
-    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, source), &watermark) {
-        Ok(count) => Some(count),
-        Err(error) => {
+    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, configured), &watermark) {
+        Ok(count) => (Some(count), None),
+        Err(error) if error.kind() == ErrorKind::Unavailable => {
             tracing::warn!(%error, "the source's backlog is not known");
-            None
+            (None, None)
         }
+        Err(error) => (None, Some(error.to_string())),
     }
 }
 

@@ -113,6 +113,8 @@ fn a_source_replaced_by_another_file_stops_the_pipeline() {
     // An older copy: changes of the log are not in it, also when its own have come past them.
     replace(&captured);
     world.shori(&["run"]).tells(1, &["source.db", "put the captured file back"]);
+    let status = world.shori(&["status"]);
+    assert!(status.status == Some(1) && status.out.contains("put the captured file back"), "{status:?}");
     world.write("insert into things values (4, 'four', '4.40'), (5, 'five', '5.50');");
     world.shori(&["run"]).tells(1, &["source.db", "an older copy, written to since", "put the captured file back"]);
     assert_eq!(names(&world), ["one", "two", "three"], "what is served stays");
