@@ -51,7 +51,11 @@ impl TableSchema {
             }
         }
         if let Some(field) = fields.iter().find(|field| !is_carried(field.data_type())) {
-            return refuse(format!("column {} has type {}, which no store carries", field.name(), field.data_type()));
+            return refuse(format!(
+                "column {} has type {}, which no store carries",
+                field.name(),
+                type_name(field.data_type())
+            ));
         }
         let is_taken = |field: &&Field| TAKEN_NAMES.contains(&field.name().to_lowercase().as_str());
         if let Some(field) = fields.iter().find(is_taken) {
@@ -83,7 +87,12 @@ impl TableSchema {
                 Ok(old) if old.data_type() == field.data_type() => {}
                 Ok(old) => {
                     return SchemaChange::Incompatible {
-                        reason: format!("column {} was {} and is {}", field.name(), old.data_type(), field.data_type()),
+                        reason: format!(
+                            "column {} was {} and is {}",
+                            field.name(),
+                            type_name(old.data_type()),
+                            type_name(field.data_type())
+                        ),
                     };
                 }
                 Err(_) => added.push(field.clone()),

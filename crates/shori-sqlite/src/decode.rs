@@ -245,7 +245,9 @@ pub(crate) fn raw_row(
         let value = match row.get_ref(at(column))? {
             ValueRef::Null => Value::Null,
             ValueRef::Integer(number) => json!(number),
-            ValueRef::Real(number) => json!(number),
+            ValueRef::Real(number) if number.is_finite() => json!(number),
+            // JSON has no infinity, and SQLite no other number that it lacks.
+            ValueRef::Real(number) => json!(number.to_string()),
             ValueRef::Text(bytes) => match std::str::from_utf8(bytes) {
                 Ok(text) => json!(text),
                 Err(_) => json!({ "text_hex": hex(bytes) }),

@@ -62,7 +62,8 @@ fn spec4_13_a_row_that_cannot_be_decoded_is_kept_with_reason_and_raw_bytes() {
     reader.start().unwrap();
     reader.drain(ALL);
     fixture.run(
-        "insert into t values (3, 3, '1.005', 'places'), (4, 4, '100.00', 'large'), (5, 5, x'31', 'class');
+        "insert into t values (3, 3, '1.005', 'places'), (4, 4, '100.00', 'large'), (5, 5, x'31', 'class'),
+             (8, -1e400, '8.00', 'infinite');
          insert into t values (6, 6, '6.00', cast(x'ff' as text)), (7, 7, '7.00', 'fine');
          delete from t where id = 3;",
     );
@@ -75,6 +76,7 @@ fn spec4_13_a_row_that_cannot_be_decoded_is_kept_with_reason_and_raw_bytes() {
             "column amount: more decimal places than the column's type has",
             "column amount: larger than the column's type holds",
             "column amount: a value of another kind than the column's type",
+            "column n: a value of another kind than the column's type",
             "column s: not UTF-8",
         ]
     );
@@ -82,7 +84,8 @@ fn spec4_13_a_row_that_cannot_be_decoded_is_kept_with_reason_and_raw_bytes() {
         String::from_utf8(reader.rejected[0].raw.clone()).unwrap(),
         r#"{"op":0,"row":{"id":2,"n":"two","amount":"1.00","s":"snapshot"}}"#
     );
-    assert!(String::from_utf8_lossy(&reader.rejected[4].raw).contains(r#""s":{"text_hex":"ff"}"#));
+    assert!(String::from_utf8_lossy(&reader.rejected[4].raw).contains(r#""n":"-inf""#));
+    assert!(String::from_utf8_lossy(&reader.rejected[5].raw).contains(r#""s":{"text_hex":"ff"}"#));
     let keys: Vec<_> = reader.rows("t").into_keys().flatten().collect();
     assert_eq!(keys, ["1", "7"]);
     // The deletion of a rejected row is an image like any other: its key is all it needs.

@@ -103,7 +103,8 @@ fn named<'a>(opened: &'a Opened, name: &str) -> &'a Arc<DuckdbStore> {
 }
 
 async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Result<u64> {
-    let pipeline = assemble::pipeline(loaded, opened, false, run::events(loaded, false))?;
+    // What stands still besides is not what was asked: `status` tells of it.
+    let pipeline = assemble::pipeline(loaded, opened, false, run::events(loaded, true))?;
     let projections = pipeline.projections.len();
     let prepared = pipeline.prepare();
     let handle = prepared.handle();

@@ -32,7 +32,7 @@ impl Resnapshot {
         let reach = Reach::new(&loaded)?;
         let running = reach.is_running();
         reach.request(&loaded, Request::Resnapshot { table: self.table.clone(), retyped: self.retyped })?;
-        let state = if running { "is being read anew" } else { "has been read anew" };
+        let state = if running { "is being read anew" } else { "has been read anew; the next run projects it" };
         eprintln!("table {} {state}", self.table);
         Ok(ExitCode::SUCCESS)
     }
