@@ -94,9 +94,17 @@ pub(crate) fn is_busy(cause: &rusqlite::Error) -> bool {
     matches!(cause.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
 }
 
+/// Whether the disk is the reason. The file beside a database that its readers share grows before anything is written,
+/// and where that fails, SQLite does not say why.
+pub fn is_disk_full(cause: &rusqlite::Error) -> bool {
+    let code = cause.sqlite_error().map(|error| error.extended_code);
+    cause.sqlite_error_code() == Some(ErrorCode::DiskFull) || code == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
+}
+
 /// Tells apart what the engine must.
 pub(crate) fn sqlite_error(operation: &str, object: impl Into<String>, cause: rusqlite::Error) -> Error {
     let (kind, remedy) = match cause.sqlite_error_code() {
+        _ if is_disk_full(&cause) => (ErrorKind::DiskFull, Some("free some space and start again: nothing is lost")),
         Some(
             ErrorCode::DatabaseBusy
             | ErrorCode::DatabaseLocked
@@ -113,7 +121,6 @@ pub(crate) fn sqlite_error(operation: &str, object: impl Into<String>, cause: ru
             ErrorKind::Usage,
             Some("let this user read and write the file and its directory: capture adds a table and triggers"),
         ),
-        Some(ErrorCode::DiskFull) => (ErrorKind::DiskFull, Some("free some space and start again: nothing is lost")),
         Some(ErrorCode::OutOfMemory) => (ErrorKind::Refused, None),
         Some(_) => (ErrorKind::Refused, None),
         // A value of another type than our own tables hold.
@@ -148,6 +155,7 @@ mod tests {
         assert_eq!(kind_of(ffi::SQLITE_PERM), ErrorKind::Usage);
         assert_eq!(kind_of(ffi::SQLITE_CANTOPEN), ErrorKind::Usage);
         assert_eq!(kind_of(ffi::SQLITE_FULL), ErrorKind::DiskFull);
+        assert_eq!(kind_of(ffi::SQLITE_IOERR_SHMSIZE), ErrorKind::DiskFull);
         assert_eq!(kind_of(ffi::SQLITE_CONSTRAINT), ErrorKind::Refused);
     }
 }

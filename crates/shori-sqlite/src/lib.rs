@@ -40,6 +40,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use connection::is_disk_full;
 pub use install::{Installed, install, release};
 pub use look::{Inspected, changes_above, inspect, log_end, sample};
 pub use source::SqliteSource;

@@ -290,7 +290,7 @@ fn database_error(operation: &str, object: &str, cause: rusqlite::Error) -> Erro
             Error::new(ErrorKind::Unavailable, operation, object, cause)
                 .with_remedy("another program holds the database's write lock: end it or wait for it")
         }
-        Some(ErrorCode::DiskFull) => {
+        _ if shori_sqlite::is_disk_full(&cause) => {
             Error::new(ErrorKind::DiskFull, operation, object, cause).with_remedy("free some space and start again")
         }
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
