@@ -111,6 +111,7 @@ impl Demo {
             freshness: Freshness::new(loaded.config.projections.len()),
         });
         let (generated, seconds) = super::block_on(self.live(&loaded, counts.clone()))?;
+        self.tell_progress("comparing every projection with the source");
         let report = verify::verify(&loaded)?;
         let ok = report.ok();
         let outcome = Outcome {
@@ -135,6 +136,12 @@ impl Demo {
         Ok(ExitCode::from(u8::from(!ok)))
     }
 
+    fn tell_progress(&self, what: &str) {
+        if !self.json {
+            eprintln!("{what}");
+        }
+    }
+
     /// Generates and runs at once; returns what was generated, and the seconds until all of it was projected.
     async fn live(&self, loaded: &Loaded, counts: Arc<Counts>) -> Result<(Generated, f64)> {
         let opened = assemble::open(loaded)?;
@@ -156,11 +163,17 @@ impl Demo {
         };
         let driven = self.drive(loaded, &handle, &counts).await;
         handle.stop.cancel();
-        let ran = running.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "the pipeline", cause))?;
-        if let Some(shown) = shown {
-            shown.await.map_err(|cause| Error::new(ErrorKind::Internal, "end", "the live view", cause))??;
+        let shown = match shown {
+            Some(shown) => {
+                shown.await.map_err(|cause| Error::new(ErrorKind::Internal, "end", "the live view", cause))?
+            }
+            None => Ok(()),
+        };
+        if self.changes.is_none() {
+            self.tell_progress("ending with what is in hand; Ctrl-C ends at once");
         }
-        ran?;
+        running.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "the pipeline", cause))??;
+        shown?;
         driven
     }
 
