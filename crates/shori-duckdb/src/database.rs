@@ -258,6 +258,9 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
         (ErrorKind::Unavailable, None)
     } else if has(&["Could not set lock", "Conflicting lock"]) {
         (ErrorKind::InUse, Some("stop the other process, or use the commands that reach it through its socket"))
+    } else if has(&["database has been invalidated", "in-memory column"]) {
+        // What memory held is no longer trusted; the file is as it was at the last commit.
+        (ErrorKind::Corrupt, Some("start again: the file is recovered from its write-ahead log"))
     } else if has(&[
         "not a valid DuckDB database",
         "corrupt",
@@ -268,8 +271,6 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
         "Could not read enough bytes",
     ]) {
         (ErrorKind::Corrupt, Some("restore the file from a copy, or move it away to start afresh"))
-    } else if has(&["database has been invalidated"]) {
-        (ErrorKind::Corrupt, Some("start again: the file is recovered from its write-ahead log"))
     } else if has(&["Out of Memory"]) {
         (ErrorKind::Refused, Some(RAISE_MEMORY))
     } else {
@@ -283,5 +284,21 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     match remedy {
         Some(remedy) => error.with_remedy(remedy),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instance_that_trusts_its_memory_no_more_is_started_again() {
+        // As DuckDB says it after memory ran out in the middle of an append.
+        let text = "TransactionContext Error: Failed to commit: Checkpoint failed for database \"st\". The database has been \
+            invalidated. Original error: Corrupted in-memory column - column with index 0 has misaligned count";
+        let cause = duckdb::Error::DuckDBFailure(duckdb::ffi::Error::new(duckdb::ffi::DuckDBError), Some(text.into()));
+        let error = duckdb_error("write", "the log", cause);
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.remedy().is_some_and(|remedy| remedy.starts_with("start again")), "{error}");
     }
 }

@@ -13,8 +13,8 @@ use super::Loaded;
 /// Names under which the embedded DuckDB has databases of its own.
 const RESERVED_STORES: [&str; 5] = ["cache", "cache_work", "memory", "system", "temp"];
 
-/// Less than this does not hold the buffers of one small table.
-const MEMORY_MIN_MIB: u64 = 32;
+/// With less, a transaction of some hundred thousand rows finds no room, however often it is tried.
+const MEMORY_MIN_MIB: u64 = 96;
 const MEMORY_MAX_MIB: u64 = 1 << 24;
 const THREADS_MAX: usize = 256;
 const SECONDS_MAX: u64 = 10 * 365 * 24 * 3600;

@@ -54,7 +54,7 @@ fn what_cannot_be_meant_is_refused_by_every_verb() {
         (store, "[[store]]\nname = \"Temp\"", &["store Temp", "DuckDB has"]),
         ("path = \"serving.duckdb\"", "path = \"./source.db\"", &["store serving", "./source.db", "source here"]),
         ("path = \"serving.duckdb\"", "path = \"\"", &["store serving", "its path is empty"]),
-        (end, "[memory]\nlimit_mib = 0\n", &["memory.limit_mib", "it is 0", "at least 32"]),
+        (end, "[memory]\nlimit_mib = 0\n", &["memory.limit_mib", "it is 0", "at least 96"]),
         (end, "[memory]\nlimit_mib = 99999999999999\n", &["memory.limit_mib", "at most"]),
         (end, "[memory]\nthreads = 1000\n", &["memory.threads", "it is 1000", "at most 256"]),
         (end, "[ingest]\nbatch_max_rows = 0\n", &["ingest.batch_max_rows", "it is 0", "at least 1"]),
@@ -74,7 +74,7 @@ fn what_cannot_be_meant_is_refused_by_every_verb() {
             world.shori(verb).tells(2, &[parts, &["shori.toml"]].concat());
         }
     }
-    world.configure(&CONFIGURATION.replace(end, "[memory]\nlimit_mib = 32\nthreads = 0\n"));
+    world.configure(&CONFIGURATION.replace(end, "[memory]\nlimit_mib = 96\nthreads = 0\n"));
     world.succeed(&["run", "--once"]);
     world.verify();
 }
