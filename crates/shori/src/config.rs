@@ -5,6 +5,7 @@
 //! that is.
 
 mod environment;
+mod places;
 mod refusals;
 
 use std::collections::BTreeMap;
@@ -268,6 +269,17 @@ impl Loaded {
             base: directory.to_path_buf(),
             files: Files::Embedded(DEMO),
         })
+    }
+
+    /// The demo pipeline in a folder that somebody has made.
+    pub fn made_demo(directory: &Path) -> Result<Self> {
+        places::must_be_made(directory)?;
+        Self::demo(directory)
+    }
+
+    /// Why stores can neither be opened nor made where the configuration wants them.
+    pub fn misplaced_stores(&self) -> Vec<Error> {
+        places::of_stores(self)
     }
 
     /// `path` as the configuration means it.

@@ -36,6 +36,7 @@ impl Check {
         if problems.iter().all(|problem| problem.kind() == ErrorKind::Schema) {
             super::block_on(projections(&loaded, &tables, &left_out, &mut problems))?;
         }
+        problems.extend(loaded.misplaced_stores());
         for problem in &problems {
             eprintln!("error: {problem}");
         }

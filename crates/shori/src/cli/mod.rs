@@ -104,9 +104,17 @@ impl Which {
     /// `./shori.toml` if nothing is named.
     pub fn load(&self) -> Result<Loaded> {
         match (&self.config, &self.dir) {
-            (_, Some(directory)) => Loaded::demo(directory),
+            (_, Some(directory)) => Loaded::made_demo(directory),
             (Some(file), None) => Loaded::from_file(file),
             (None, None) => Loaded::from_file(&PathBuf::from("shori.toml")),
+        }
+    }
+
+    /// For what makes the demo pipeline's folder.
+    pub fn load_to_make(&self) -> Result<Loaded> {
+        match &self.dir {
+            Some(directory) => Loaded::demo(directory),
+            None => self.load(),
         }
     }
 }

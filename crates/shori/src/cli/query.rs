@@ -36,7 +36,7 @@ pub struct Query {
 impl Query {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
-        let reach = Reach::new(&loaded)?;
+        let reach = Reach::to_look(&loaded)?;
         let store = self.store.as_deref();
         // Asked within a statement of ours, it would be refused less clearly.
         let question = reading_statement(&self.sql)?;

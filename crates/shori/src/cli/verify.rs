@@ -102,7 +102,7 @@ impl Serving for Files<'_> {
 }
 
 pub fn verify(loaded: &Loaded) -> Result<Report> {
-    let reach = Reach::new(loaded)?;
+    let reach = Reach::to_look(loaded)?;
     reach.must_have_run(loaded)?;
     let staging = loaded.staging()?.name.clone();
     let mut serving: Box<dyn Serving> = match &reach {
