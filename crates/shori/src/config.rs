@@ -249,15 +249,19 @@ const DEMO_CONFIG: &str = include_str!("../../../pipelines/demo/shori.toml");
 
 impl Loaded {
     pub fn from_file(file: &Path) -> Result<Self> {
+        let loaded = Self::as_written(file)?;
+        loaded.refusals().into_iter().next().map_or(Ok(loaded), Err)
+    }
+
+    /// What a file says, whether or not it can be meant: for whoever tells all that is wrong with it.
+    pub fn as_written(file: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(file).map_err(|cause| {
             Error::new(ErrorKind::Usage, "read", format!("configuration {}", file.display()), cause)
                 .with_remedy("name the file with -c, or use --dir for the demo pipeline")
         })?;
         let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let config = parse(&text, file, &environment::read(parent)?)?;
-        let loaded = Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk };
-        refusals::check(&loaded)?;
-        Ok(loaded)
+        Ok(Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk })
     }
 
     /// The demo pipeline, with its files in `directory`.
@@ -275,6 +279,11 @@ impl Loaded {
     pub fn made_demo(directory: &Path) -> Result<Self> {
         places::must_be_made(directory)?;
         Self::demo(directory)
+    }
+
+    /// What it says and cannot be meant.
+    pub fn refusals(&self) -> Vec<Error> {
+        refusals::of(self)
     }
 
     /// Why stores can neither be opened nor made where the configuration wants them.
@@ -325,6 +334,13 @@ impl Loaded {
 
     pub fn wrong(&self, object: &str, cause: &str) -> Error {
         Error::new(ErrorKind::Usage, "use", format!("{object} in {}", self.file.display()), cause.to_string())
+    }
+}
+
+impl TableConfig {
+    /// Whether it gives a column what is no type: one of the [refusals](Loaded::refusals).
+    pub fn is_mistyped(&self) -> bool {
+        refusals::is_mistyped(self)
     }
 }
 

@@ -24,7 +24,7 @@ mod verify;
 mod view;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -101,12 +101,18 @@ pub struct Which {
 }
 
 impl Which {
-    /// `./shori.toml` if nothing is named.
     pub fn load(&self) -> Result<Loaded> {
-        match (&self.config, &self.dir) {
-            (_, Some(directory)) => Loaded::made_demo(directory),
-            (Some(file), None) => Loaded::from_file(file),
-            (None, None) => Loaded::from_file(&PathBuf::from("shori.toml")),
+        match &self.dir {
+            Some(directory) => Loaded::made_demo(directory),
+            None => Loaded::from_file(self.file()),
+        }
+    }
+
+    /// For what tells all that is wrong.
+    pub fn load_as_written(&self) -> Result<Loaded> {
+        match &self.dir {
+            Some(directory) => Loaded::made_demo(directory),
+            None => Loaded::as_written(self.file()),
         }
     }
 
@@ -116,6 +122,11 @@ impl Which {
             Some(directory) => Loaded::demo(directory),
             None => self.load(),
         }
+    }
+
+    /// `./shori.toml` if nothing is named.
+    fn file(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new("shori.toml"))
     }
 }
 

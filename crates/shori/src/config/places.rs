@@ -25,7 +25,8 @@ pub(super) fn must_be_made(directory: &Path) -> Result<()> {
 /// Why stores can neither be opened nor made.
 pub(super) fn of_stores(loaded: &Loaded) -> Vec<Error> {
     let mut problems = Vec::new();
-    for store in &loaded.config.stores {
+    // An empty path is refused as such.
+    for store in loaded.config.stores.iter().filter(|store| !store.path.as_os_str().is_empty()) {
         let path = loaded.resolve(&store.path);
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let (cause, remedy) = if path.is_dir() {

@@ -157,12 +157,10 @@ fn spec4_13_values_that_do_not_fit_in_a_snapshot_are_kept_too() {
 #[test]
 fn a_type_named_for_a_column_that_is_not_there_is_refused() {
     let mut world = small();
-    for (wrong, part) in [("amunt = \"decimal(18,2)\"", "no such column"), ("amount = \"money\"", "unknown type")] {
-        world.configure(&CONFIGURATION.replace("amount = \"decimal(18,2)\"", wrong));
-        let done = world.shori(&["check"]);
-        assert_eq!(done.status, Some(1), "{done:?}");
-        assert!(done.err.contains("table things") && done.err.contains(part), "{done:?}");
-    }
+    world.configure(&CONFIGURATION.replace("amount = \"decimal(18,2)\"", "amunt = \"decimal(18,2)\""));
+    let done = world.shori(&["check"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.err.contains("table things") && done.err.contains("no such column"), "{done:?}");
 }
 
 /// Rows of the former query would stay wherever nothing touches them.
