@@ -214,7 +214,7 @@ fn sql_projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<SqlP
     };
     Ok(SqlProjection {
         file: loaded.resolve(file).display().to_string(),
-        text: loaded.read(file)?,
+        text: loaded.read_query(file)?,
         tables: configured.tables.iter().map(|table| table.as_str().into()).collect(),
         key: configured.key.clone(),
         maintenance,

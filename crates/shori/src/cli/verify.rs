@@ -224,12 +224,16 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[Ta
     let missing = |what: &str| loaded.wrong(&format!("projection {}", configured.name), what);
     let table = || configured.table.clone().ok_or_else(|| missing("it names no table"));
     let derivation = match configured.kind {
-        ProjectionKind::Sql => DerivationInput::Sql {
-            text: loaded.read(configured.sql.as_ref().ok_or_else(|| missing("it has no sql"))?)?,
-            tables: configured.tables.clone(),
-            key: configured.key.clone(),
-            hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
-        },
+        ProjectionKind::Sql => {
+            let file = configured.sql.as_ref().ok_or_else(|| missing("it has no sql"))?;
+            DerivationInput::Sql {
+                file: loaded.resolve(file).display().to_string(),
+                text: loaded.read_query(file)?,
+                tables: configured.tables.clone(),
+                key: configured.key.clone(),
+                hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
+            }
+        }
         ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
         ProjectionKind::History => {
             let table = table()?;
