@@ -69,6 +69,17 @@ pub fn open_made(loaded: &Loaded) -> Result<Option<Opened>> {
     open_some(loaded, &is_made).map(Some)
 }
 
+/// Refuses a source whose file is not there: a pipeline that cannot begin makes nothing.
+pub fn must_have_sources(loaded: &Loaded) -> Result<()> {
+    for source in &loaded.config.sources {
+        if !loaded.resolve(&source.path).is_file() {
+            // It is the one that knows what to say.
+            shori_sqlite::log_end(&sqlite_config(loaded, source))?;
+        }
+    }
+    Ok(())
+}
+
 /// Before anything is made.
 fn must_be_placed(loaded: &Loaded) -> Result<()> {
     loaded.misplaced_stores().into_iter().next().map_or(Ok(()), Err)

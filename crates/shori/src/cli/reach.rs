@@ -19,10 +19,14 @@ pub enum Reach {
 }
 
 impl Reach {
+    /// For what needs the pipeline to run.
     pub fn new(loaded: &Loaded) -> Result<Self> {
         match Client::connect(&loaded.state_directory()) {
             Some(client) => Ok(Reach::Running(client)),
-            None => Ok(Reach::Files(Box::new(assemble::open(loaded)?))),
+            None => {
+                assemble::must_have_sources(loaded)?;
+                Ok(Reach::Files(Box::new(assemble::open(loaded)?)))
+            }
         }
     }
 

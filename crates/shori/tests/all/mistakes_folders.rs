@@ -57,6 +57,10 @@ fn reading_a_pipeline_that_has_not_run_makes_nothing() {
         world.shori(words).tells(1, &["pipeline demo", "has not run yet", "shori run"]);
         assert!(entries(&world).is_empty(), "{words:?} makes {:?}", entries(&world));
     }
+    for words in [&["run"][..], &["run", "--once"], &["compact"], &["resnapshot", "orders"]] {
+        world.shori(words).tells(2, &["source.db", "does not exist", "shori init --sample"]);
+        assert!(entries(&world).is_empty(), "{words:?} makes {:?}", entries(&world));
+    }
     let mut world = World::configured(CONFIGURATION, &FILES, SOURCE);
     for words in reading {
         world.shori(words).tells(1, &["pipeline small", "has not run yet", "shori run"]);
