@@ -13,6 +13,7 @@ use shori_duckdb::database::{Database, Settings};
 use shori_duckdb::transform::DuckdbTransform;
 
 use super::Which;
+use super::syntax;
 use super::trial::{Trial, Tried};
 use crate::assemble;
 use crate::config::{Loaded, TableConfig};
@@ -81,7 +82,11 @@ async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<
     for configured in &loaded.config.projections {
         match assemble::projection(loaded, configured) {
             // Of a table that is not there, or cannot be captured, enough has been told.
-            Ok(projection) if !projection.tables().iter().all(is_known) => {}
+            Ok(projection) if !projection.tables().iter().all(is_known) => {
+                if let Derivation::Sql(sql) = &projection.derivation {
+                    problems.extend(syntax::problem(sql)?);
+                }
+            }
             Ok(projection) => drop(projections.insert(configured.name.clone(), projection)),
             Err(error) => problems.push(error),
         }

@@ -19,6 +19,7 @@ mod resnapshot;
 mod run;
 mod signals;
 mod status;
+mod syntax;
 mod trial;
 mod verify;
 mod view;

@@ -145,6 +145,13 @@ fn check_tells_all_that_is_wrong_at_once() {
         &world,
         &["none.db", "none does not exist", "decimal(40,2) is 40", "amount.sql", "table other,", "project.interval_ms"],
     );
+    // What is wrong with a query whose tables are not known.
+    world.configure(&CONFIGURATION.replace("path = \"source.db\"", "path = \"none.db\""));
+    told(&world, &["none.db"]);
+    world.put("amount_by_name.sql", "select\n    nam frm things x y");
+    told(&world, &["none.db", "amount_by_name.sql, line 2: syntax error"]);
+    world.put("amount_by_name.sql", "pivot things on name using count(*)");
+    told(&world, &["none.db"]);
     // A source that can be read does not hide what another lacks, and a query over it is tried.
     let second = "[[source]]\nname = \"gone\"\nkind = \"sqlite\"\npath = \"gone.db\"\n[source.tables.more]\n[[store]]";
     world.configure(&CONFIGURATION.replace("[[store]]", second));
