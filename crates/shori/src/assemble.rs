@@ -61,16 +61,19 @@ pub fn open(loaded: &Loaded) -> Result<Opened> {
 
 /// Opens the stores that are there, for reading: whoever only looks makes nothing. `None` without the staging store.
 pub fn open_made(loaded: &Loaded) -> Result<Option<Opened>> {
-    let is_made = |store: &StoreConfig| loaded.resolve(&store.path).exists();
     must_be_placed(loaded)?;
-    if !is_made(loaded.staging()?) {
+    if !is_made(loaded, loaded.staging()?) {
         return Ok(None);
     }
-    open_some(loaded, &is_made).map(Some)
+    open_some(loaded, &|store| is_made(loaded, store)).map(Some)
 }
 
-/// Refuses a source whose file is not there: a pipeline that cannot begin makes nothing.
-pub fn must_have_sources(loaded: &Loaded) -> Result<()> {
+/// Refuses a first run whose source's file is not there: a pipeline that cannot begin makes nothing. Later ones keep a
+/// record of why they failed.
+pub fn must_be_able_to_begin(loaded: &Loaded) -> Result<()> {
+    if is_made(loaded, loaded.staging()?) {
+        return Ok(());
+    }
     for source in &loaded.config.sources {
         if !loaded.resolve(&source.path).is_file() {
             // It is the one that knows what to say.
@@ -78,6 +81,10 @@ pub fn must_have_sources(loaded: &Loaded) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn is_made(loaded: &Loaded, store: &StoreConfig) -> bool {
+    loaded.resolve(&store.path).exists()
 }
 
 /// Before anything is made.

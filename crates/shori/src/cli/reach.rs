@@ -24,7 +24,7 @@ impl Reach {
         match Client::connect(&loaded.state_directory()) {
             Some(client) => Ok(Reach::Running(client)),
             None => {
-                assemble::must_have_sources(loaded)?;
+                assemble::must_be_able_to_begin(loaded)?;
                 Ok(Reach::Files(Box::new(assemble::open(loaded)?)))
             }
         }
