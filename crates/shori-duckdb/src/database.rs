@@ -50,6 +50,8 @@ pub struct Database {
     /// Held by the one who checkpoints.
     checkpointing: Arc<Mutex<()>>,
     inline: bool,
+    /// What a new connection is told about time.
+    set_time: &'static str,
     _freed_memory: Option<Arc<Watch>>,
 }
 
@@ -67,6 +69,7 @@ impl Database {
             .map_err(fail)?;
         let root = Connection::open_in_memory_with_flags(config).map_err(fail)?;
         root.execute_batch(freed_memory::LARGE_ALLOCATION).map_err(fail)?;
+        let set_time = if has_time_zones(&root).map_err(fail)? { "set TimeZone = 'UTC';" } else { "" };
         let watch = match settings.inline {
             true => None,
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
@@ -78,6 +81,7 @@ impl Database {
             scattered: Arc::new(Mutex::new(Scattered::new(settings.memory_limit_mib))),
             checkpointing: Arc::default(),
             inline: settings.inline,
+            set_time,
             _freed_memory: watch.map(Arc::new),
         })
     }
@@ -122,7 +126,7 @@ impl Database {
         let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
         let connect = || {
             let connection = root.try_clone()?;
-            connection.execute_batch(&format!("use {}; set TimeZone = 'UTC';", quote_name(name)))?;
+            connection.execute_batch(&format!("use {}; {}", quote_name(name), self.set_time))?;
             Ok(connection)
         };
         connect().map_err(|cause| duckdb_error("connect to", format!("DuckDB catalog {name}"), cause))
@@ -213,6 +217,12 @@ impl Database {
             Err(cause) => Err(Error::new(ErrorKind::Internal, "finish", "a DuckDB call", cause)),
         }
     }
+}
+
+/// Whether DuckDB was built with time zones. Without them every time is UTC, and there is nothing to set.
+fn has_time_zones(connection: &Connection) -> duckdb::Result<bool> {
+    let query = "select count(*) > 0 from duckdb_settings() where name = 'TimeZone'";
+    connection.query_row(query, [], |row| row.get(0))
 }
 
 /// Runs a statement, and tells how long it took to those who trace `shori_duckdb::sql`.

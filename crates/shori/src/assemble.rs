@@ -22,7 +22,9 @@ use shori_duckdb::store::DuckdbStore;
 use shori_duckdb::transform::DuckdbTransform;
 use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 
-use crate::config::{EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind};
+use crate::config::{
+    EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreConfig, StoreKind,
+};
 
 /// A pipeline's files, held by this process alone until dropped.
 pub struct Opened {
@@ -52,8 +54,46 @@ impl Lock {
     }
 }
 
-/// Opens the stores of a pipeline. Nothing runs yet.
+/// Opens the stores of a pipeline, and makes those that are not there yet. Nothing runs yet.
 pub fn open(loaded: &Loaded) -> Result<Opened> {
+    open_some(loaded, &|_| true)
+}
+
+/// Opens the stores that are there, for reading: whoever only looks makes nothing. `None` without the staging store.
+pub fn open_made(loaded: &Loaded) -> Result<Option<Opened>> {
+    must_be_placed(loaded)?;
+    if !is_made(loaded, loaded.staging()?) {
+        return Ok(None);
+    }
+    open_some(loaded, &|store| is_made(loaded, store)).map(Some)
+}
+
+/// Refuses a first run whose source's file is not there: a pipeline that cannot begin makes nothing. Later ones keep a
+/// record of why they failed.
+pub fn must_be_able_to_begin(loaded: &Loaded) -> Result<()> {
+    if is_made(loaded, loaded.staging()?) {
+        return Ok(());
+    }
+    for source in &loaded.config.sources {
+        if !loaded.resolve(&source.path).is_file() {
+            // It is the one that knows what to say.
+            shori_sqlite::log_end(&sqlite_config(loaded, source))?;
+        }
+    }
+    Ok(())
+}
+
+fn is_made(loaded: &Loaded, store: &StoreConfig) -> bool {
+    loaded.resolve(&store.path).exists()
+}
+
+/// Before anything is made.
+fn must_be_placed(loaded: &Loaded) -> Result<()> {
+    loaded.misplaced_stores().into_iter().next().map_or(Ok(()), Err)
+}
+
+fn open_some(loaded: &Loaded, wanted: &dyn Fn(&StoreConfig) -> bool) -> Result<Opened> {
+    must_be_placed(loaded)?;
     let directory = loaded.state_directory();
     let lock = Lock::take(&directory)?;
     let memory = &loaded.config.memory;
@@ -65,7 +105,7 @@ pub fn open(loaded: &Loaded) -> Result<Opened> {
         inline: false,
     })?;
     let mut stores = BTreeMap::new();
-    for store in &loaded.config.stores {
+    for store in loaded.config.stores.iter().filter(|store| wanted(store)) {
         let StoreKind::Duckdb = store.kind;
         let opened = DuckdbStore::open(&database, &loaded.resolve(&store.path), &store.name)?;
         stores.insert(store.name.clone(), Arc::new(opened));
@@ -192,7 +232,7 @@ fn sql_projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<SqlP
     };
     Ok(SqlProjection {
         file: loaded.resolve(file).display().to_string(),
-        text: loaded.read(file)?,
+        text: loaded.read_query(file)?,
         tables: configured.tables.iter().map(|table| table.as_str().into()).collect(),
         key: configured.key.clone(),
         maintenance,

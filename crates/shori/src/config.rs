@@ -5,6 +5,7 @@
 //! that is.
 
 mod environment;
+mod places;
 mod refusals;
 
 use std::collections::BTreeMap;
@@ -248,15 +249,19 @@ const DEMO_CONFIG: &str = include_str!("../../../pipelines/demo/shori.toml");
 
 impl Loaded {
     pub fn from_file(file: &Path) -> Result<Self> {
+        let loaded = Self::as_written(file)?;
+        loaded.refusals().into_iter().next().map_or(Ok(loaded), Err)
+    }
+
+    /// What a file says, whether or not it can be meant: for whoever tells all that is wrong with it.
+    pub fn as_written(file: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(file).map_err(|cause| {
             Error::new(ErrorKind::Usage, "read", format!("configuration {}", file.display()), cause)
                 .with_remedy("name the file with -c, or use --dir for the demo pipeline")
         })?;
         let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let config = parse(&text, file, &environment::read(parent)?)?;
-        let loaded = Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk };
-        refusals::check(&loaded)?;
-        Ok(loaded)
+        Ok(Self { config, file: file.to_path_buf(), base: parent.to_path_buf(), files: Files::Disk })
     }
 
     /// The demo pipeline, with its files in `directory`.
@@ -268,6 +273,22 @@ impl Loaded {
             base: directory.to_path_buf(),
             files: Files::Embedded(DEMO),
         })
+    }
+
+    /// The demo pipeline in a folder that somebody has made.
+    pub fn made_demo(directory: &Path) -> Result<Self> {
+        places::must_be_made(directory)?;
+        Self::demo(directory)
+    }
+
+    /// What it says and cannot be meant.
+    pub fn refusals(&self) -> Vec<Error> {
+        refusals::of(self)
+    }
+
+    /// Why stores can neither be opened nor made where the configuration wants them.
+    pub fn misplaced_stores(&self) -> Vec<Error> {
+        places::of_stores(self)
     }
 
     /// `path` as the configuration means it.
@@ -294,6 +315,19 @@ impl Loaded {
         }
     }
 
+    /// The query in a file; refuses one that holds none.
+    pub fn read_query(&self, path: &Path) -> Result<String> {
+        let text = self.read(path)?;
+        if holds_statement(&text) {
+            return Ok(text);
+        }
+        let object = format!("file {}", self.resolve(path).display());
+        Err(Error::new(ErrorKind::Usage, "use", object, "it holds no query").with_remedy(format!(
+            "write a select into it, or take out the projection that names it in {}",
+            self.file.display()
+        )))
+    }
+
     pub fn staging(&self) -> Result<&StoreConfig> {
         let stores = &self.config.stores;
         match &self.config.pipeline.staging {
@@ -316,6 +350,13 @@ impl Loaded {
     }
 }
 
+impl TableConfig {
+    /// Whether it gives a column what is no type: one of the [refusals](Loaded::refusals).
+    pub fn is_mistyped(&self) -> bool {
+        refusals::is_mistyped(self)
+    }
+}
+
 impl RetentionConfig {
     pub fn keep(&self) -> Duration {
         Duration::from_secs_f64((self.keep_hours * 3600.0).max(0.0))
@@ -332,6 +373,34 @@ fn parse(text: &str, file: &Path, environment: &BTreeMap<String, String>) -> Res
         let message = message.replace('\n', " ");
         Error::new(ErrorKind::Usage, "read", object, format!("{message}{}", hint.unwrap_or_default()))
     })
+}
+
+/// Whether anything stands in an SQL text but comments and semicolons. One that does not end is for DuckDB to tell.
+fn holds_statement(text: &str) -> bool {
+    let mut rest = text;
+    loop {
+        rest = rest.trim_start_matches(|letter: char| letter.is_whitespace() || letter == ';' || letter == '\u{feff}');
+        if let Some(comment) = rest.strip_prefix("--") {
+            rest = comment.split_once('\n').map_or("", |(_, after)| after);
+        } else if let Some(after) = rest.strip_prefix("/*").and_then(after_comment) {
+            rest = after;
+        } else {
+            return !rest.is_empty();
+        }
+    }
+}
+
+/// What follows a comment that has been opened; comments nest.
+fn after_comment(text: &str) -> Option<&str> {
+    let (mut depth, mut rest) = (1, text);
+    while depth > 0 {
+        let next = rest.find("*/")?;
+        match rest.find("/*").filter(|open| *open < next) {
+            Some(open) => (depth, rest) = (depth + 1, &rest[open + 2..]),
+            None => (depth, rest) = (depth - 1, &rest[next + 2..]),
+        }
+    }
+    Some(rest)
 }
 
 /// Key and known keys of serde's message about an unknown one.
@@ -384,6 +453,18 @@ mod tests {
         assert!(message.contains("line 10") && message.contains("did you mean kind?"), "{message}");
         let message = read(&SMALL.replace("\"duckdb\"", "\"duckdbb\"")).unwrap_err().to_string();
         assert!(message.contains("did you mean duckdb?"), "{message}");
+    }
+
+    #[test]
+    fn comments_alone_are_no_statement() {
+        for text in
+            ["", " \n;\t;", "-- only", "-- a\n-- b\n", "/* a */ -- b\n;", "/* a /* b */ select */;", "\u{feff}\n"]
+        {
+            assert!(!holds_statement(text), "{text:?}");
+        }
+        for text in ["select 1", "-- a\nselect 1", "/* a */select 1 -- b", "/* a", "/* a /* b */", "'--'", "- 1"] {
+            assert!(holds_statement(text), "{text:?}");
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! `shori check`
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
+use shori_core::position::CaptureId;
 use shori_core::projection::Derivation;
 use shori_core::transform::{StateTable, Transform};
 use shori_core::{Error, ErrorKind, Result};
@@ -12,9 +13,10 @@ use shori_duckdb::database::{Database, Settings};
 use shori_duckdb::transform::DuckdbTransform;
 
 use super::Which;
+use super::syntax;
 use super::trial::{Trial, Tried};
 use crate::assemble;
-use crate::config::Loaded;
+use crate::config::{Loaded, TableConfig};
 
 /// Check configuration, source and queries; change nothing.
 ///
@@ -28,13 +30,12 @@ pub struct Check {
 
 impl Check {
     pub fn act(self) -> Result<ExitCode> {
-        let loaded = self.which.load()?;
-        let mut problems = Vec::new();
-        let mut left_out = BTreeSet::new();
-        let tables = tables(&loaded, &mut problems, &mut left_out);
-        // Without its tables, nothing can be told of a query.
-        if problems.iter().all(|problem| problem.kind() == ErrorKind::Schema) {
-            super::block_on(projections(&loaded, &tables, &left_out, &mut problems))?;
+        let loaded = self.which.load_as_written()?;
+        let mut problems = loaded.refusals();
+        problems.extend(loaded.misplaced_stores());
+        let tables = tables(&loaded, &mut problems);
+        if let Err(error) = super::block_on(projections(&loaded, &tables, &mut problems)) {
+            problems.push(error);
         }
         for problem in &problems {
             eprintln!("error: {problem}");
@@ -56,19 +57,17 @@ impl Check {
 /// Rows of each table that projections are tried on.
 const SAMPLE_ROWS: usize = 2_000;
 
-/// The tables that can be captured; for each other one, a problem.
-fn tables(loaded: &Loaded, problems: &mut Vec<Error>, left_out: &mut BTreeSet<Arc<str>>) -> Vec<StateTable> {
+/// The tables that can be captured; for each other one, or for a source that cannot be read, a problem.
+fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
     let mut tables = Vec::new();
     for source in &loaded.config.sources {
         match shori_sqlite::inspect(&assemble::sqlite_config(loaded, source)) {
             Ok(inspected) => {
-                tables.extend(
-                    inspected.captures.into_iter().map(|info| StateTable { capture: info.id, schema: info.schema }),
-                );
-                for (id, error) in inspected.failed {
-                    left_out.insert(id.instance);
-                    problems.push(error);
-                }
+                // Of a type that is none, enough has been told.
+                let is_told = |id: &CaptureId| source.tables.get(&*id.instance).is_some_and(TableConfig::is_mistyped);
+                let known = inspected.captures.into_iter().filter(|info| !is_told(&info.id));
+                tables.extend(known.map(|info| StateTable { capture: info.id, schema: info.schema }));
+                problems.extend(inspected.failed.into_iter().filter(|(id, _)| !is_told(id)).map(|(_, error)| error));
             }
             Err(error) => problems.push(error),
         }
@@ -77,20 +76,23 @@ fn tables(loaded: &Loaded, problems: &mut Vec<Error>, left_out: &mut BTreeSet<Ar
 }
 
 /// Binds every projection's query and tries it, in a database of its own.
-async fn projections(
-    loaded: &Loaded,
-    tables: &[StateTable],
-    left_out: &BTreeSet<Arc<str>>,
-    problems: &mut Vec<Error>,
-) -> Result<()> {
+async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<Error>) -> Result<()> {
     let mut projections = BTreeMap::new();
+    let is_known = |name: &Arc<str>| tables.iter().any(|table| table.schema.table == *name);
     for configured in &loaded.config.projections {
         match assemble::projection(loaded, configured) {
-            // Of a table that cannot be captured, enough has been told.
-            Ok(projection) if projection.tables().iter().any(|table| left_out.contains(table)) => {}
+            // Of a table that is not there, or cannot be captured, enough has been told.
+            Ok(projection) if !projection.tables().iter().all(is_known) => {
+                if let Derivation::Sql(sql) = &projection.derivation {
+                    problems.extend(syntax::problem(sql)?);
+                }
+            }
             Ok(projection) => drop(projections.insert(configured.name.clone(), projection)),
             Err(error) => problems.push(error),
         }
+    }
+    if projections.is_empty() {
+        return Ok(());
     }
     let scratch =
         tempfile::tempdir().map_err(|cause| Error::new(ErrorKind::Refused, "create", "a temporary folder", cause))?;
@@ -118,6 +120,7 @@ async fn projections(
         // That the source cannot be read has been told already.
         sample.extend(shori_sqlite::sample(&assemble::sqlite_config(loaded, source), SAMPLE_ROWS).unwrap_or_default());
     }
+    sample.retain(|batch| tables.iter().any(|table| table.capture == batch.capture));
     if sample.is_empty() {
         println!("the source has no rows yet: how projections are kept by change was not tried");
         return Ok(());

@@ -32,7 +32,7 @@ pub struct Init {
 
 impl Init {
     pub fn act(self) -> Result<ExitCode> {
-        let loaded = self.which.load()?;
+        let loaded = if self.sample { self.which.load_to_make()? } else { self.which.load()? };
         if let Some(table) = &self.release {
             let unknown = || loaded.wrong(&format!("table {table}"), "no source has that table");
             let source =

@@ -19,12 +19,13 @@ mod resnapshot;
 mod run;
 mod signals;
 mod status;
+mod syntax;
 mod trial;
 mod verify;
 mod view;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -101,13 +102,32 @@ pub struct Which {
 }
 
 impl Which {
-    /// `./shori.toml` if nothing is named.
     pub fn load(&self) -> Result<Loaded> {
-        match (&self.config, &self.dir) {
-            (_, Some(directory)) => Loaded::demo(directory),
-            (Some(file), None) => Loaded::from_file(file),
-            (None, None) => Loaded::from_file(&PathBuf::from("shori.toml")),
+        match &self.dir {
+            Some(directory) => Loaded::made_demo(directory),
+            None => Loaded::from_file(self.file()),
         }
+    }
+
+    /// For what tells all that is wrong.
+    pub fn load_as_written(&self) -> Result<Loaded> {
+        match &self.dir {
+            Some(directory) => Loaded::made_demo(directory),
+            None => Loaded::as_written(self.file()),
+        }
+    }
+
+    /// For what makes the demo pipeline's folder.
+    pub fn load_to_make(&self) -> Result<Loaded> {
+        match &self.dir {
+            Some(directory) => Loaded::demo(directory),
+            None => self.load(),
+        }
+    }
+
+    /// `./shori.toml` if nothing is named.
+    fn file(&self) -> &Path {
+        self.config.as_deref().unwrap_or(Path::new("shori.toml"))
     }
 }
 

@@ -36,26 +36,34 @@ pub struct Query {
 impl Query {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
-        let reach = Reach::new(&loaded)?;
+        let reach = Reach::to_look(&loaded)?;
         let store = self.store.as_deref();
         // Asked within a statement of ours, it would be refused less clearly.
         let question = reading_statement(&self.sql)?;
+        let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
+        let columns = rows(&described);
         if self.json {
-            // DuckDB itself knows best how its values read as JSON.
-            let sql = format!("select to_json(q)::varchar as line from (\n{question}\n) as q");
+            let sql = as_json(question, &columns);
             let mut out = BufWriter::new(std::io::stdout().lock());
             reach.scan(&loaded, store, &sql, &mut |batch| print_lines(&batch, &mut out))?;
             out.flush().map_err(unprinted)?;
         } else {
             // As text made by DuckDB, which has types and values that nothing else can show.
-            let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
-            let sql = as_text(question, &rows(&described));
+            let sql = as_text(question, &columns);
             // A column is as wide as its widest value: all of them must be known before the first line.
             let batches = reach.query(&loaded, store, &sql)?;
             super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The question's rows as JSON: DuckDB itself knows best how its values read. A column hides a row of the same name, so
+/// the row's name is longer than any of the columns that `describe` names.
+fn as_json(question: &str, described: &[Vec<Option<String>>]) -> String {
+    let names = described.iter().filter_map(|column| column.first()?.as_deref());
+    let row = "q".repeat(1 + names.map(str::len).max().unwrap_or(0));
+    format!("select to_json({row})::varchar as line from (\n{question}\n) as {row}")
 }
 
 /// The question with its columns, as `describe` names them, made text. They are called by place, since two may have one

@@ -19,10 +19,25 @@ pub enum Reach {
 }
 
 impl Reach {
+    /// For what needs the pipeline to run.
     pub fn new(loaded: &Loaded) -> Result<Self> {
         match Client::connect(&loaded.state_directory()) {
             Some(client) => Ok(Reach::Running(client)),
-            None => Ok(Reach::Files(Box::new(assemble::open(loaded)?))),
+            None => {
+                assemble::must_be_able_to_begin(loaded)?;
+                Ok(Reach::Files(Box::new(assemble::open(loaded)?)))
+            }
+        }
+    }
+
+    /// For looking only: makes no file, and refuses a pipeline that has none yet.
+    pub fn to_look(loaded: &Loaded) -> Result<Self> {
+        match Client::connect(&loaded.state_directory()) {
+            Some(client) => Ok(Reach::Running(client)),
+            None => match assemble::open_made(loaded)? {
+                Some(opened) => Ok(Reach::Files(Box::new(opened))),
+                None => Err(has_not_run(loaded)),
+            },
         }
     }
 
@@ -32,6 +47,11 @@ impl Reach {
 
     /// Whether a pipeline has ever made its tables in a store.
     pub fn has_run(&self, loaded: &Loaded, store: &str) -> Result<bool> {
+        if let Reach::Files(opened) = self
+            && !opened.stores.contains_key(store)
+        {
+            return Ok(false);
+        }
         let made = "select name from (show tables) where name = 'ctl_ingestion_watermarks'";
         Ok(self.query(loaded, Some(store), made)?.iter().any(|batch| batch.num_rows() > 0))
     }
@@ -41,9 +61,7 @@ impl Reach {
         if self.has_run(loaded, &loaded.staging()?.name)? {
             return Ok(());
         }
-        let object = format!("pipeline {}", loaded.config.pipeline.name);
-        Err(Error::new(ErrorKind::Unavailable, "look at", object, "it has not run yet")
-            .with_remedy("start it: shori run"))
+        Err(has_not_run(loaded))
     }
 
     /// The answer to a query for few rows.
@@ -51,7 +69,7 @@ impl Reach {
         let name = store_name(loaded, store)?;
         match self {
             Reach::Running(client) => client.query(name, sql),
-            Reach::Files(opened) => super::block_on(named(opened, name).query(sql)),
+            Reach::Files(opened) => super::block_on(named(opened, name)?.query(sql)),
         }
     }
 
@@ -67,7 +85,7 @@ impl Reach {
         match self {
             Reach::Running(client) => client.scan(name, sql, take).map(|_| ()),
             Reach::Files(opened) => super::block_on(async {
-                let mut answer = named(opened, name).stream(sql).await?;
+                let mut answer = named(opened, name)?.stream(sql).await?;
                 while let Some(batch) = answer.next().await {
                     take(batch?)?;
                 }
@@ -98,8 +116,16 @@ fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
     })
 }
 
-fn named<'a>(opened: &'a Opened, name: &str) -> &'a Arc<DuckdbStore> {
-    opened.stores.get(name).unwrap_or(&opened.staging)
+fn named<'a>(opened: &'a Opened, name: &str) -> Result<&'a Arc<DuckdbStore>> {
+    opened.stores.get(name).ok_or_else(|| {
+        let cause = "the pipeline has not run yet since it was configured";
+        Error::new(ErrorKind::Unavailable, "look at", format!("store {name}"), cause).with_remedy("start it: shori run")
+    })
+}
+
+fn has_not_run(loaded: &Loaded) -> Error {
+    let object = format!("pipeline {}", loaded.config.pipeline.name);
+    Error::new(ErrorKind::Unavailable, "look at", object, "it has not run yet").with_remedy("start it: shori run")
 }
 
 async fn request_once(loaded: &Loaded, opened: &Opened, request: Request) -> Result<u64> {

@@ -62,6 +62,7 @@ impl Failed {
 
 /// Runs a pipeline with its socket, until a signal or, with `once`, until it has caught up.
 async fn run(loaded: &Loaded, once: bool, failed: &Failed) -> Result<()> {
+    assemble::must_be_able_to_begin(loaded)?;
     let opened = assemble::open(loaded)?;
     let (log, heard) = (events(loaded, once), failed.clone());
     let events = Events::new(move |event| {

@@ -114,7 +114,7 @@ from ctl_projection_metadata
 order by projection_name";
 
 pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
-    let reach = Reach::new(loaded)?;
+    let reach = Reach::to_look(loaded)?;
     reach.must_have_run(loaded)?;
     let mut captures = Vec::new();
     for row in rows(&reach.query(loaded, None, CAPTURES)?) {

@@ -7,9 +7,9 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use clap::Args;
 use duckdb::Connection;
-use shori_core::Result;
 use shori_core::schema::type_name;
-use shori_duckdb::database::Database;
+use shori_core::{Error, Result};
+use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
@@ -102,7 +102,7 @@ impl Serving for Files<'_> {
 }
 
 pub fn verify(loaded: &Loaded) -> Result<Report> {
-    let reach = Reach::new(loaded)?;
+    let reach = Reach::to_look(loaded)?;
     reach.must_have_run(loaded)?;
     let staging = loaded.staging()?.name.clone();
     let mut serving: Box<dyn Serving> = match &reach {
@@ -112,25 +112,23 @@ pub fn verify(loaded: &Loaded) -> Result<Report> {
         }
         Reach::Running(_) => Box::new(Served { loaded, client: &reach, store: staging }),
     };
+    let looked: Vec<Looked<'_>> =
+        loaded.config.sources.iter().map(|source| look(loaded, source)).collect::<Result<_>>()?;
     let mut reports = BTreeMap::new();
-    for source in &loaded.config.sources {
-        let input = input(loaded, source, reach.is_running())?;
+    for configured in enabled(loaded) {
+        if let Some(report) = incomparable(loaded, &reach, &looked, configured)? {
+            reports.insert(configured.name.clone(), report);
+        }
+    }
+    for one in &looked {
+        let of_it = enabled(loaded).filter(|projection| !reports.contains_key(&projection.name) && one.has(projection));
+        let input = input(loaded, one, of_it, reach.is_running())?;
         if !input.projections.is_empty() {
             let report = check::verify(&input, serving.as_mut())?;
             reports.extend(report.projections.into_iter().map(|one| (one.projection.clone(), one)));
         }
     }
-    let mut projections = Vec::new();
-    for configured in enabled(loaded) {
-        projections.push(match reports.remove(&configured.name) {
-            Some(report) => report,
-            None => {
-                let why = "its tables are of several sources, which cannot be verified together";
-                let input = projection_input(loaded, configured, &[])?;
-                ProjectionReport::of(&input).not(State::NotCompared, why)
-            }
-        });
-    }
+    let projections = enabled(loaded).filter_map(|configured| reports.remove(&configured.name)).collect();
     Ok(Report { projections })
 }
 
@@ -138,8 +136,25 @@ fn enabled(loaded: &Loaded) -> impl Iterator<Item = &ProjectionConfig> {
     loaded.config.projections.iter().filter(|projection| projection.enabled)
 }
 
-/// Of one source: its tables, and the projections that read no others.
-fn input(loaded: &Loaded, source: &SourceConfig, running: bool) -> Result<VerifyInput> {
+/// A source: its tables that can be captured, and why others cannot.
+struct Looked<'a> {
+    source: &'a SourceConfig,
+    tables: Vec<TableInput>,
+    failed: BTreeMap<String, Error>,
+}
+
+impl Looked<'_> {
+    /// Whether all that a projection reads is here.
+    fn has(&self, projection: &ProjectionConfig) -> bool {
+        read_by(projection).all(|name| self.tables.iter().any(|table| table.name == *name))
+    }
+}
+
+fn read_by(projection: &ProjectionConfig) -> impl Iterator<Item = &String> {
+    projection.tables.iter().chain(&projection.table)
+}
+
+fn look<'a>(loaded: &Loaded, source: &'a SourceConfig) -> Result<Looked<'a>> {
     let inspected = shori_sqlite::inspect(&assemble::sqlite_config(loaded, source))?;
     let tables = inspected.captures.iter().map(|capture| TableInput {
         name: capture.schema.table.to_string(),
@@ -148,20 +163,57 @@ fn input(loaded: &Loaded, source: &SourceConfig, running: bool) -> Result<Verify
             .map(|field| ColumnInput::new(field.name(), type_name(field.data_type())))
             .collect(),
     });
-    let tables: Vec<TableInput> = tables.collect();
-    let is_of_it = |projection: &&ProjectionConfig| {
-        let mut names = projection.tables.iter().chain(&projection.table);
-        loaded.config.sources.len() == 1 || names.all(|name| tables.iter().any(|table| table.name == *name))
+    let failed = inspected.failed.into_iter().map(|(id, error)| (id.instance.to_string(), error));
+    Ok(Looked { source, tables: tables.collect(), failed: failed.collect() })
+}
+
+/// The report of a projection that cannot be compared, its neighbours notwithstanding; `None` where it can.
+fn incomparable(
+    loaded: &Loaded,
+    reach: &Reach,
+    looked: &[Looked<'_>],
+    configured: &ProjectionConfig,
+) -> Result<Option<ProjectionReport>> {
+    let store = reach::target(loaded, configured)?;
+    let failed = read_by(configured).find_map(|name| looked.iter().find_map(|one| one.failed.get(name)));
+    let (state, why) = if !reach.has_run(loaded, store)? {
+        (State::NotBuilt, "it has not been built yet: start the pipeline and let it catch up".into())
+    } else if let Some(error) = failed {
+        (
+            if is_built(loaded, reach, store, configured)? { State::NotCompared } else { State::NotBuilt },
+            error.to_string(),
+        )
+    } else if looked.iter().any(|one| one.has(configured)) {
+        return Ok(None);
+    } else {
+        (State::NotCompared, "its tables are of several sources, which cannot be verified together".into())
     };
-    let projections = enabled(loaded).filter(is_of_it);
-    let state_directory = loaded.state_directory();
+    let input = projection_input(loaded, configured, &[])?;
+    Ok(Some(ProjectionReport::of(&input).not(state, why)))
+}
+
+/// Whether a projection has ever been built, as its store tells.
+fn is_built(loaded: &Loaded, reach: &Reach, store: &str, configured: &ProjectionConfig) -> Result<bool> {
+    let name = quote_text(&configured.name);
+    let sql = format!("select 1 from ctl_projection_checkpoints where projection_name = {name}");
+    Ok(reach.query(loaded, Some(store), &sql)?.iter().any(|batch| batch.num_rows() > 0))
+}
+
+/// Of one source: its tables, and projections that read no others.
+fn input<'a>(
+    loaded: &Loaded,
+    looked: &Looked<'_>,
+    projections: impl Iterator<Item = &'a ProjectionConfig>,
+    running: bool,
+) -> Result<VerifyInput> {
+    let tables = &looked.tables;
     Ok(VerifyInput {
-        source: loaded.resolve(&source.path),
-        source_name: source.name.clone(),
+        source: loaded.resolve(&looked.source.path),
+        source_name: looked.source.name.clone(),
         staging: loaded.staging()?.name.clone(),
-        projections: projections.map(|one| projection_input(loaded, one, &tables)).collect::<Result<_>>()?,
-        tables,
-        scratch_directory: Some(state_directory),
+        projections: projections.map(|one| projection_input(loaded, one, tables)).collect::<Result<_>>()?,
+        tables: tables.clone(),
+        scratch_directory: Some(loaded.state_directory()),
         memory_limit_mib: loaded.config.memory.limit_mib,
         threads: loaded.config.memory.threads,
         catch_up: if running { CATCH_UP } else { Duration::ZERO },
@@ -172,12 +224,16 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[Ta
     let missing = |what: &str| loaded.wrong(&format!("projection {}", configured.name), what);
     let table = || configured.table.clone().ok_or_else(|| missing("it names no table"));
     let derivation = match configured.kind {
-        ProjectionKind::Sql => DerivationInput::Sql {
-            text: loaded.read(configured.sql.as_ref().ok_or_else(|| missing("it has no sql"))?)?,
-            tables: configured.tables.clone(),
-            key: configured.key.clone(),
-            hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
-        },
+        ProjectionKind::Sql => {
+            let file = configured.sql.as_ref().ok_or_else(|| missing("it has no sql"))?;
+            DerivationInput::Sql {
+                file: loaded.resolve(file).display().to_string(),
+                text: loaded.read_query(file)?,
+                tables: configured.tables.clone(),
+                key: configured.key.clone(),
+                hidden: configured.weight.iter().filter(|_| !configured.publish_weight).cloned().collect(),
+            }
+        }
         ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
         ProjectionKind::History => {
             let table = table()?;

@@ -5,13 +5,20 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use shori_core::Result;
+use shori_core::Error;
+use shori_core::schema::parse_type;
 use shori_duckdb::store::is_reserved_table;
 
-use super::Loaded;
+use super::{Loaded, TableConfig, nearest};
 
 /// Names under which the embedded DuckDB has databases of its own.
 const RESERVED_STORES: [&str; 5] = ["cache", "cache_work", "memory", "system", "temp"];
+
+/// As the configuration's reference has them.
+const TYPES: &str = "boolean, int16, int32, int64, float32, float64, text, binary, date, time, timestamp, timestamptz, \
+                     decimal(precision,scale)";
+/// No store has more digits.
+const DECIMAL_PRECISION_MAX: i64 = 38;
 
 /// With less, a transaction of some hundred thousand rows finds no room, however often it is tried.
 const MEMORY_MIN_MIB: u64 = 96;
@@ -20,50 +27,51 @@ const THREADS_MAX: usize = 256;
 const SECONDS_MAX: u64 = 10 * 365 * 24 * 3600;
 const HOURS_MAX: f64 = (SECONDS_MAX / 3600) as f64;
 
-pub(super) fn check(loaded: &Loaded) -> Result<()> {
-    names(loaded)?;
-    paths(loaded)?;
-    numbers(loaded)
+/// All that is found.
+pub(super) fn of(loaded: &Loaded) -> Vec<Error> {
+    let mut found = Vec::new();
+    names(loaded, &mut found);
+    paths(loaded, &mut found);
+    types(loaded, &mut found);
+    tables(loaded, &mut found);
+    numbers(loaded, &mut found);
+    found
 }
 
-fn names(loaded: &Loaded) -> Result<()> {
+fn names(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
-    distinct(loaded, "source", config.sources.iter().map(|source| source.name.as_str()))?;
-    distinct(loaded, "store", config.stores.iter().map(|store| store.name.as_str()))?;
-    distinct(loaded, "projection", config.projections.iter().map(|projection| projection.name.as_str()))?;
+    distinct(loaded, "source", config.sources.iter().map(|source| source.name.as_str()), found);
+    distinct(loaded, "store", config.stores.iter().map(|store| store.name.as_str()), found);
+    distinct(loaded, "projection", config.projections.iter().map(|projection| projection.name.as_str()), found);
     let reserved = |name: &&str| RESERVED_STORES.contains(&name.to_lowercase().as_str());
-    if let Some(name) = config.stores.iter().map(|store| store.name.as_str()).find(reserved) {
-        return Err(loaded.wrong(&format!("store {name}"), "DuckDB has a database of that name: give another"));
+    for name in config.stores.iter().map(|store| store.name.as_str()).filter(reserved) {
+        found.push(loaded.wrong(&format!("store {name}"), "DuckDB has a database of that name: give another"));
     }
     for projection in &config.projections {
         if is_reserved_table(&projection.name) {
             let cause = "the name is that of a table of the store's own: give another";
-            return Err(loaded.wrong(&format!("projection {}", projection.name), cause));
+            found.push(loaded.wrong(&format!("projection {}", projection.name), cause));
         }
-        if let Some(target) = &projection.target {
-            loaded.store(target)?;
-        }
+        found.extend(projection.target.as_ref().and_then(|target| loaded.store(target).err()));
     }
-    loaded.staging().map(|_| ())
+    found.extend(loaded.staging().err());
 }
 
 /// DuckDB's names are the same in any case, and these become such.
-fn distinct<'a>(loaded: &Loaded, what: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
+fn distinct<'a>(loaded: &Loaded, what: &str, names: impl Iterator<Item = &'a str>, found: &mut Vec<Error>) {
     let mut before = BTreeSet::new();
     for name in names {
         if name.trim().is_empty() {
-            return Err(loaded.wrong(&format!("{what} {name:?}"), "its name is empty: give it one"));
-        }
-        if !before.insert(name.to_lowercase()) {
+            found.push(loaded.wrong(&format!("{what} {name:?}"), "its name is empty: give it one"));
+        } else if !before.insert(name.to_lowercase()) {
             let cause = format!("another {what} has that name, in this case of letters or another: rename one");
-            return Err(loaded.wrong(&format!("{what} {name}"), &cause));
+            found.push(loaded.wrong(&format!("{what} {name}"), &cause));
         }
     }
-    Ok(())
 }
 
 /// A file belongs to one: a store that took the source's file would be the end of it.
-fn paths(loaded: &Loaded) -> Result<()> {
+fn paths(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
     let sources = config.sources.iter().map(|source| ("source", &source.name, &source.path));
     let stores = config.stores.iter().map(|store| ("store", &store.name, &store.path));
@@ -71,15 +79,15 @@ fn paths(loaded: &Loaded) -> Result<()> {
     for (what, name, path) in sources.chain(stores) {
         let file = real(&loaded.resolve(path));
         if path.as_os_str().is_empty() {
-            return Err(loaded.wrong(&format!("{what} {name}"), "its path is empty: name its file"));
+            found.push(loaded.wrong(&format!("{what} {name}"), "its path is empty: name its file"));
+            continue;
         }
         if let Some((_, other)) = before.iter().find(|(known, _)| *known == file) {
             let cause = format!("its path {} is that of {other}: give each a file of its own", path.display());
-            return Err(loaded.wrong(&format!("{what} {name}"), &cause));
+            found.push(loaded.wrong(&format!("{what} {name}"), &cause));
         }
         before.push((file, format!("{what} {name}")));
     }
-    Ok(())
 }
 
 /// The file behind a path, as far as there is one.
@@ -91,28 +99,81 @@ fn real(path: &Path) -> PathBuf {
     path.canonicalize().ok().or_else(beside).unwrap_or_else(|| path.to_path_buf())
 }
 
-fn numbers(loaded: &Loaded) -> Result<()> {
+/// What is no type in any source; whether one fits its column, the source tells.
+fn types(loaded: &Loaded, found: &mut Vec<Error>) {
+    let tables = loaded.config.sources.iter().flat_map(|source| &source.tables);
+    for (table, (column, name)) in tables.flat_map(|(table, config)| config.columns.iter().map(move |one| (table, one)))
+    {
+        if let Some((cause, remedy)) = no_type(name) {
+            found.push(loaded.wrong(&format!("column {column} of table {table}"), &cause).with_remedy(remedy));
+        }
+    }
+}
+
+/// Why a name is that of no type, and what to do.
+fn no_type(name: &str) -> Option<(String, String)> {
+    let numbers = name.strip_prefix("decimal(").and_then(|rest| rest.strip_suffix(')')?.split_once(','));
+    let number = |text: &str| text.trim().parse::<i64>().ok();
+    if let Some((precision, scale)) = numbers.and_then(|(left, right)| Some((number(left)?, number(right)?))) {
+        let cause = if !(1..=DECIMAL_PRECISION_MAX).contains(&precision) {
+            format!("the precision of {name} is {precision}")
+        } else if !(0..=precision).contains(&scale) {
+            format!("the scale of {name} is {scale}")
+        } else {
+            return None;
+        };
+        let remedy = format!(
+            "give a precision of 1 to {DECIMAL_PRECISION_MAX}, and a scale that is at least 0 and at most the precision"
+        );
+        return Some((cause, remedy));
+    }
+    parse_type(name).is_none().then(|| (format!("unknown type {name:?}"), format!("give one of {TYPES}")))
+}
+
+/// Whether the configuration gives a column of the table what is no type.
+pub(super) fn is_mistyped(table: &TableConfig) -> bool {
+    table.columns.values().any(|name| no_type(name).is_some())
+}
+
+/// A projection of a table that no source names waits for ever.
+fn tables(loaded: &Loaded, found: &mut Vec<Error>) {
+    let captured: Vec<&str> =
+        loaded.config.sources.iter().flat_map(|source| source.tables.keys()).map(String::as_str).collect();
+    for projection in loaded.config.projections.iter().filter(|projection| projection.enabled) {
+        let read = projection.tables.iter().chain(&projection.table);
+        for name in read.filter(|name| !captured.contains(&name.as_str())) {
+            let near = match nearest(name, captured.iter().copied()) {
+                near if near.is_empty() => format!("; those named are {}", captured.join(", ")),
+                near => near,
+            };
+            let cause = format!("it reads table {name}, which no source names{near}");
+            found.push(loaded.wrong(&format!("projection {}", projection.name), &cause));
+        }
+    }
+}
+
+fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
     for source in &config.sources {
         let key = |key: &str| format!("{key} of source {}", source.name);
-        within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX)?;
-        within(loaded, &key("keep_changes_seconds"), source.keep_changes_seconds, 0..=SECONDS_MAX)?;
+        found.extend(within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX));
+        found.extend(within(loaded, &key("keep_changes_seconds"), source.keep_changes_seconds, 0..=SECONDS_MAX));
     }
-    within(loaded, "ingest.batch_max_rows", config.ingest.batch_max_rows, 1..=usize::MAX)?;
-    within(loaded, "ingest.batch_max_bytes", config.ingest.batch_max_bytes, 1..=usize::MAX)?;
-    within(loaded, "ingest.poll_interval_ms", config.ingest.poll_interval_ms, 1..=SECONDS_MAX)?;
-    within(loaded, "ingest.linger_ms", config.ingest.linger_ms, 0..=SECONDS_MAX)?;
-    within(loaded, "project.interval_ms", config.project.interval_ms, 1..=SECONDS_MAX)?;
-    within(loaded, "project.debounce_ms", config.project.debounce_ms, 0..=SECONDS_MAX)?;
-    within(loaded, "retention.keep_hours", config.retention.keep_hours, 0.0..=HOURS_MAX)?;
-    within(loaded, "retention.every_seconds", config.retention.every_seconds, 1..=SECONDS_MAX)?;
-    within(loaded, "memory.limit_mib", config.memory.limit_mib, MEMORY_MIN_MIB..=MEMORY_MAX_MIB)?;
-    within(loaded, "memory.threads", config.memory.threads, 0..=THREADS_MAX)
+    found.extend(within(loaded, "ingest.batch_max_rows", config.ingest.batch_max_rows, 1..=usize::MAX));
+    found.extend(within(loaded, "ingest.batch_max_bytes", config.ingest.batch_max_bytes, 1..=usize::MAX));
+    found.extend(within(loaded, "ingest.poll_interval_ms", config.ingest.poll_interval_ms, 1..=SECONDS_MAX));
+    found.extend(within(loaded, "ingest.linger_ms", config.ingest.linger_ms, 0..=SECONDS_MAX));
+    found.extend(within(loaded, "project.interval_ms", config.project.interval_ms, 1..=SECONDS_MAX));
+    found.extend(within(loaded, "project.debounce_ms", config.project.debounce_ms, 0..=SECONDS_MAX));
+    found.extend(within(loaded, "retention.keep_hours", config.retention.keep_hours, 0.0..=HOURS_MAX));
+    found.extend(within(loaded, "retention.every_seconds", config.retention.every_seconds, 1..=SECONDS_MAX));
+    found.extend(within(loaded, "memory.limit_mib", config.memory.limit_mib, MEMORY_MIN_MIB..=MEMORY_MAX_MIB));
+    found.extend(within(loaded, "memory.threads", config.memory.threads, 0..=THREADS_MAX));
 }
 
-fn within<T: PartialOrd + Display>(loaded: &Loaded, key: &str, value: T, range: RangeInclusive<T>) -> Result<()> {
+fn within<T: PartialOrd + Display>(loaded: &Loaded, key: &str, value: T, range: RangeInclusive<T>) -> Option<Error> {
     if range.contains(&value) {
-        return Ok(());
+        return None;
     }
     let (least, most) = range.into_inner();
     let bound = if value < least || value.partial_cmp(&least).is_none() {
@@ -120,5 +181,37 @@ fn within<T: PartialOrd + Display>(loaded: &Loaded, key: &str, value: T, range: 
     } else {
         format!("at most {most}")
     };
-    Err(loaded.wrong(key, &format!("it is {value}, and must be {bound}")))
+    Some(loaded.wrong(key, &format!("it is {value}, and must be {bound}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_types_told_are_those_documented_and_read() {
+        let documented = include_str!("../../../../docs/configuration.md").replace('`', "");
+        let documented = documented.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(documented.contains(&format!("Types: {TYPES}.")), "{TYPES}");
+        for name in TYPES.split(", ") {
+            let name = name.replace("precision,scale", "18,2");
+            assert!(parse_type(&name).is_some() && no_type(&name).is_none(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_decimal_out_of_bounds_is_told_by_its_bounds() {
+        for (name, cause) in [
+            ("decimal(40,2)", "precision"),
+            ("decimal(0,0)", "precision"),
+            ("decimal(300,2)", "precision"),
+            ("decimal(5,6)", "scale"),
+            ("decimal(5,-1)", "scale"),
+            ("decimal(5)", "unknown type"),
+            ("money", "unknown type"),
+        ] {
+            assert!(no_type(name).is_some_and(|(told, _)| told.contains(cause)), "{name}");
+        }
+        assert!(["decimal(38,38)", "decimal(1,0)", "decimal(18, 2)"].into_iter().all(|name| no_type(name).is_none()));
+    }
 }

@@ -11,6 +11,7 @@ use super::scratch::{Scratch, quote_name, quote_text};
 pub(super) fn sql(
     scratch: &Scratch,
     schema: &str,
+    file: &str,
     text: &str,
     key: &[String],
     hidden: &[String],
@@ -19,8 +20,7 @@ pub(super) fn sql(
     let name = quote_name(&report.projection);
     let text = text.trim_end().trim_end_matches(';');
     scratch.execute(&format!("set schema = {}", quote_text(schema)))?;
-    let computed =
-        scratch.execute_projection(&format!("create table expected.{name} as\n{text}\n"), &report.projection);
+    let computed = scratch.execute_projection(&format!("create table expected.{name} as\n"), text, file);
     scratch.execute("set schema = 'main'")?;
     computed?;
     rows(scratch, key, hidden, report)

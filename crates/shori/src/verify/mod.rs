@@ -81,6 +81,8 @@ pub struct ProjectionInput {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DerivationInput {
     Sql {
+        /// For messages.
+        file: String,
         text: String,
         tables: Vec<String>,
         key: Vec<String>,
@@ -228,7 +230,9 @@ fn compare(
         return Ok(());
     }
     match &projection.derivation {
-        DerivationInput::Sql { text, key, hidden, .. } => compare::sql(scratch, &schema, text, key, hidden, report),
+        DerivationInput::Sql { file, text, key, hidden, .. } => {
+            compare::sql(scratch, &schema, file, text, key, hidden, report)
+        }
         DerivationInput::Latest { table } => compare::latest(scratch, &schema, input.table(table)?, report),
         DerivationInput::History { table, key } => {
             let table = input.table(table)?;

@@ -96,12 +96,10 @@ impl Scratch {
         self.connection.execute_batch(statements).map_err(|cause| scratch_error("compute", statements, cause))
     }
 
-    /// Runs a statement that a person wrote; what is wrong with it is theirs to know.
-    pub(super) fn execute_projection(&self, statement: &str, projection: &str) -> Result<()> {
-        let object = format!("projection {projection}");
-        self.connection
-            .execute_batch(statement)
-            .map_err(|cause| Error::new(ErrorKind::Projection, "compute", object, cause))
+    /// Runs `begin`, which is one line, with the text that a person wrote in a file: what is wrong with it is theirs to
+    /// know.
+    pub(super) fn execute_projection(&self, begin: &str, text: &str, file: &str) -> Result<()> {
+        self.connection.execute_batch(&format!("{begin}{text}\n")).map_err(|cause| written_error(file, cause))
     }
 
     pub(super) fn append(&self, schema: &str, table: &str, batch: RecordBatch) -> Result<()> {
@@ -181,6 +179,23 @@ pub(super) fn scratch_error(operation: &str, object: &str, cause: duckdb::Error)
     } else {
         Error::new(ErrorKind::Refused, operation, object, cause)
     }
+}
+
+/// Names the file's line where DuckDB names one: that of the statement, which begins a line earlier.
+fn written_error(file: &str, cause: duckdb::Error) -> Error {
+    let told = match cause {
+        // Beside the message there is only a code, which is the same for every failure.
+        duckdb::Error::DuckDBFailure(_, Some(message)) => message,
+        other => other.to_string(),
+    };
+    let (message, excerpt) = told.split_once("\n\nLINE ").unwrap_or((&told, ""));
+    let line = excerpt.split(':').next().and_then(|digits| digits.parse::<u64>().ok()).filter(|line| *line > 1);
+    let object = match line {
+        Some(line) => format!("the query in {file}, line {}", line - 1),
+        None => format!("the query in {file}"),
+    };
+    let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    Error::new(ErrorKind::Projection, "compute", object, message)
 }
 
 #[cfg(test)]

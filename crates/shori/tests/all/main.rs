@@ -9,6 +9,7 @@ mod flow;
 mod harness;
 mod mistakes;
 mod mistakes_files;
+mod mistakes_folders;
 mod mistakes_sql;
 mod own_names;
 mod printed;

@@ -80,6 +80,86 @@ fn what_cannot_be_meant_is_refused_by_every_verb() {
 }
 
 #[test]
+fn a_type_that_is_none_is_told_with_what_there_is() {
+    let mut world = small();
+    let precision = "give a precision of 1 to 38";
+    let cases = [
+        ("decimal(40,2)", "the precision of decimal(40,2) is 40", precision),
+        ("decimal(18,20)", "the scale of decimal(18,20) is 20", "at most the precision"),
+        ("money", "unknown type \"money\"", "boolean, int16, int32, int64, float32, float64, text, binary, date, time"),
+        ("decimal(18)", "unknown type", "timestamp, timestamptz, decimal(precision,scale)"),
+    ];
+    for (name, cause, remedy) in cases {
+        world.configure(&CONFIGURATION.replace("decimal(18,2)", name));
+        for verb in VERBS {
+            world.shori(verb).tells(2, &["column amount of table things", "shori.toml", cause, remedy]);
+        }
+    }
+}
+
+#[test]
+fn a_projection_of_a_table_that_no_source_names_is_told() {
+    let mut world = small();
+    let cases: [(&str, &str, &[&str]); 4] = [
+        (
+            "table = \"others\"",
+            "table = \"other\"",
+            &["projection others_latest", "table other,", "did you mean others?"],
+        ),
+        ("table = \"others\"", "table = \"Others\"", &["projection others_latest", "did you mean others?"]),
+        ("table = \"others\"", "table = \"zzz\"", &["projection others_latest", "table zzz,", "others, things"]),
+        ("tables = [\"things\"]", "tables = [\"thing\"]", &["projection amount_by_name", "did you mean things?"]),
+    ];
+    for (right, wrong, parts) in cases {
+        world.configure(&CONFIGURATION.replacen(right, wrong, 1));
+        for verb in VERBS {
+            world.shori(verb).tells(2, &[parts, &["shori.toml"]].concat());
+        }
+    }
+    // One that is switched off waits for nothing.
+    world.configure(&CONFIGURATION.replacen("table = \"others\"", "table = \"other\"\nenabled = false", 1));
+    world.succeed(&["check"]);
+    world.succeed(&["run", "--once"]);
+}
+
+#[test]
+fn check_tells_all_that_is_wrong_at_once() {
+    let mut world = small();
+    let wrong = CONFIGURATION
+        .replace("path = \"source.db\"", "path = \"none.db\"")
+        .replace("path = \"serving.duckdb\"", "path = \"none/serving.duckdb\"")
+        .replace("decimal(18,2)", "decimal(40,2)")
+        .replace("\"amount_by_name.sql\"", "\"amount.sql\"")
+        .replace("table = \"others\"", "table = \"other\"")
+        .replace("interval_ms = 500", "interval_ms = 0");
+    world.configure(&wrong);
+    let told = |world: &World, parts: &[&str]| {
+        let done = world.shori(&["check"]);
+        assert_eq!(done.status, Some(2), "{done:?}");
+        assert_eq!((done.err.lines().count(), done.out.as_str()), (parts.len(), ""), "{}", done.err);
+        for part in parts {
+            assert_eq!(done.err.matches(part).count(), 1, "{part}: {}", done.err);
+        }
+    };
+    told(
+        &world,
+        &["none.db", "none does not exist", "decimal(40,2) is 40", "amount.sql", "table other,", "project.interval_ms"],
+    );
+    // What is wrong with a query whose tables are not known.
+    world.configure(&CONFIGURATION.replace("path = \"source.db\"", "path = \"none.db\""));
+    told(&world, &["none.db"]);
+    world.put("amount_by_name.sql", "select\n    nam frm things x y");
+    told(&world, &["none.db", "amount_by_name.sql, line 2: syntax error"]);
+    world.put("amount_by_name.sql", "pivot things on name using count(*)");
+    told(&world, &["none.db"]);
+    // A source that can be read does not hide what another lacks, and a query over it is tried.
+    let second = "[[source]]\nname = \"gone\"\nkind = \"sqlite\"\npath = \"gone.db\"\n[source.tables.more]\n[[store]]";
+    world.configure(&CONFIGURATION.replace("[[store]]", second));
+    world.put("amount_by_name.sql", "select nam from things");
+    told(&world, &["gone.db", "amount_by_name.sql"]);
+}
+
+#[test]
 fn a_projection_that_does_not_fit_its_kind_is_refused() {
     let mut world = small();
     let cases: [(&str, &str, &[&str]); 6] = [

@@ -49,6 +49,52 @@ fn a_query_that_does_not_parse_or_bind_is_named_by_file_and_line() {
 }
 
 #[test]
+fn a_file_without_a_query_is_told() {
+    let world = small();
+    for text in ["", " \n;\n", "-- Nothing but words.\n", "/* Nothing /* but */ words. */;"] {
+        world.put("amount_by_name.sql", text);
+        for verb in [&["check"][..], &["run"], &["run", "--once"]] {
+            world.shori(verb).tells(2, &["file ", "amount_by_name.sql", "it holds no query", "write a select"]);
+        }
+    }
+    world.put("amount_by_name.sql", &format!("/* Words. */\n-- More.\n{QUERY};\n"));
+    world.succeed(&["check"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    world.put("amount_by_name.sql", "-- Nothing.");
+    world.shori(&["verify"]).tells(2, &["amount_by_name.sql", "it holds no query"]);
+}
+
+/// Also where DuckDB names no line.
+#[test]
+fn a_query_that_fails_names_its_file_wherever_it_is_run() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    let text = |verb: &[&str]| {
+        let done = world.shori(verb);
+        assert_eq!(done.status, Some(1), "{done:?}");
+        let lines = format!("{}{}", done.out, done.err);
+        lines.lines().find(|line| line.contains("the query in ")).unwrap_or_else(|| panic!("{done:?}")).to_string()
+    };
+    let cases: [(&str, &str, &[&str]); 4] = [
+        ("    name,", "    error('boom') as name,", &["amount_by_name.sql: ", "boom"]),
+        ("    name,", "    nam,", &["amount_by_name.sql, line 3: ", "nam"]),
+        ("    name,", "    cast(name as integer) as name,", &["amount_by_name.sql, line 3: ", "Could not convert"]),
+        ("group by name", "grup by name", &["amount_by_name.sql, line 6: ", "syntax error"]),
+    ];
+    for (right, wrong, parts) in cases {
+        world.put("amount_by_name.sql", &QUERY.replacen(right, wrong, 1));
+        for verb in [&["verify"][..], &["check"], &["run", "--once"]] {
+            let line = text(verb);
+            assert!(parts.iter().all(|part| line.contains(part)), "{verb:?}: {line}");
+            assert!(!line.contains("Unknown error code"), "{line}");
+        }
+        world.put("amount_by_name.sql", QUERY);
+        world.succeed(&["run", "--once"]);
+    }
+}
+
+#[test]
 fn a_query_without_its_key_or_with_a_key_twice_tells() {
     let world = small();
     world.put("amount_by_name.sql", "select name as other, amount from things");
@@ -157,12 +203,10 @@ fn spec4_13_values_that_do_not_fit_in_a_snapshot_are_kept_too() {
 #[test]
 fn a_type_named_for_a_column_that_is_not_there_is_refused() {
     let mut world = small();
-    for (wrong, part) in [("amunt = \"decimal(18,2)\"", "no such column"), ("amount = \"money\"", "unknown type")] {
-        world.configure(&CONFIGURATION.replace("amount = \"decimal(18,2)\"", wrong));
-        let done = world.shori(&["check"]);
-        assert_eq!(done.status, Some(1), "{done:?}");
-        assert!(done.err.contains("table things") && done.err.contains(part), "{done:?}");
-    }
+    world.configure(&CONFIGURATION.replace("amount = \"decimal(18,2)\"", "amunt = \"decimal(18,2)\""));
+    let done = world.shori(&["check"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.err.contains("table things") && done.err.contains("no such column"), "{done:?}");
 }
 
 /// Rows of the former query would stay wherever nothing touches them.

@@ -24,6 +24,23 @@ fn leaves_after_a_line(world: &World, words: &[&str]) {
 }
 
 #[test]
+fn a_json_row_is_whole_whatever_its_columns_are_called() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    for name in ["q", "Q", "qq", "qqq", "line", "row", "c0", "s", "a b", "\u{fc}", "columns"] {
+        let sql = format!("select 1 as \"{name}\", 'x' as other");
+        let row = world.succeed(&["query", "--json", &sql]).json();
+        assert_eq!(row, serde_json::json!({ name: 1, "other": "x" }));
+    }
+    let row = world.succeed(&["query", "--json", "select 1 as q, 2 as qq, 3 as qqq, 'x' as qqqq"]).json();
+    assert_eq!(row, serde_json::json!({ "q": 1, "qq": 2, "qqq": 3, "qqqq": "x" }));
+    // What names no columns of its own, and what names one twice.
+    assert_eq!(world.succeed(&["query", "--json", "values (1)"]).json(), serde_json::json!({ "col0": 1 }));
+    let twice = world.succeed(&["query", "--json", "select 1 as q, 2 as q"]).json();
+    assert_eq!(twice.as_object().unwrap().len(), 2, "{twice}");
+}
+
+#[test]
 fn who_closes_the_pipe_ends_the_program_quietly() {
     let world = small();
     world.succeed(&["init"]);
@@ -100,7 +117,7 @@ fn status_tells_of_rejected_rows_and_of_what_is_configured_only() {
         )
         .unwrap();
     let shown = world.succeed(&["status"]).out;
-    assert!(!shown.contains("gone") && !shown.contains("1970"), "{shown}");
+    assert!(!shown.contains("gone") && !shown.contains("1970-"), "{shown}");
     // The projection's other store is where its rows are now.
     let moved = CONFIGURATION.replacen(
         "[project]",

@@ -188,3 +188,68 @@ fn every_source_and_every_store_is_verified() {
     assert!(done.out.contains("id=5: n should be 50 and is 8"), "{}", done.out);
     assert!(done.out.contains("small_latest: 1 missing"), "{}", done.out);
 }
+
+#[test]
+fn a_table_that_cannot_be_captured_does_not_hide_its_neighbours() {
+    let bad = "[source.tables.t]\n[source.tables.bad]";
+    let over_bad = "
+[[projection]]
+name = \"bad_latest\"
+kind = \"latest\"
+table = \"bad\"
+[[projection]]
+name = \"both\"
+kind = \"sql\"
+sql = \"both.sql\"
+tables = [\"t\", \"bad\"]
+key = [\"g\"]
+";
+    let configuration = format!("{}{over_bad}", CONFIGURATION.replace("[source.tables.t]", bad));
+    let files = [("sums.sql", SUMS), ("both.sql", "select g, count(*) as n from t join bad on t.g = bad.v group by g")];
+    let world = World::configured(&configuration, &files, &format!("{SOURCE}create table bad (v text);"));
+    let ran = world.shori(&["run", "--once"]);
+    assert_eq!(ran.status, Some(1), "{ran:?}");
+    let told = |done: &crate::harness::Done, compared: usize| {
+        assert_eq!((done.status, done.err.as_str()), (Some(1), ""), "{done:?}");
+        assert_eq!(done.out.matches(" ok\n").count(), compared, "{}", done.out);
+        assert_eq!(done.out.matches(" NOT BUILT\n").count(), 2, "{}", done.out);
+        for name in ["bad_latest", "both"] {
+            let note = format!("{name}: note: cannot capture table bad: ");
+            assert!(done.out.contains(&note) && done.out.contains("it has no key"), "{}", done.out);
+        }
+    };
+    told(&world.shori(&["verify"]), 3);
+    // What is wrong beside it is found.
+    world.serving().execute_batch("update t_latest set n = 7 where id = 3").unwrap();
+    let done = world.shori(&["verify"]);
+    assert!(done.out.contains("id=3: n should be 3 and is 7"), "{done:?}");
+    told(&done, 2);
+    world.serving().execute_batch("update t_latest set n = 3 where id = 3").unwrap();
+    let running = world.run();
+    until("its neighbours", || (world.try_query("from t_latest").ok()?.len() == 5).then_some(()));
+    told(&world.shori(&["verify"]), 3);
+    running.stop();
+}
+
+/// What was built while it was captured is still there, but cannot be compared.
+#[test]
+fn a_table_that_can_no_longer_be_captured_is_told() {
+    let world = world();
+    world.write("create table kept as select * from t; drop table t; alter table kept rename to t;");
+    let done = world.shori(&["verify"]);
+    assert_eq!((done.status, done.err.as_str()), (Some(1), ""), "{done:?}");
+    assert_eq!(done.out.matches(" NOT COMPARED\n").count(), 3, "{}", done.out);
+}
+
+#[test]
+fn a_store_that_no_run_has_made_is_not_built() {
+    let mut world = world();
+    let configuration = CONFIGURATION.replace("name = \"checked\"", "name = \"checked\"\nstaging = \"serving\"");
+    let moved = configuration.replace("name = \"t_latest\"", "name = \"t_latest\"\ntarget = \"other\"");
+    let store = "[[store]]\nname = \"other\"\nkind = \"duckdb\"\npath = \"other.duckdb\"\n";
+    world.configure(&moved.replacen("\n[[projection]]", &format!("{store}\n[[projection]]"), 1));
+    let done = world.shori(&["verify"]);
+    assert_eq!((done.status, done.err.as_str()), (Some(1), ""), "{done:?}");
+    assert_eq!(done.out.matches(" ok\n").count(), 2, "{}", done.out);
+    assert_eq!(done.out.matches(" NOT BUILT\n").count(), 1, "{}", done.out);
+}

@@ -273,6 +273,7 @@ impl Pipeline {
         let sql = |name: &str, text: &str, tables: &[&str], key: &[&str], hidden: &[&str]| {
             let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
             let derivation = DerivationInput::Sql {
+                file: "query.sql".into(),
                 text: text.to_string(),
                 tables: names(tables),
                 key: names(key),
