@@ -69,7 +69,7 @@ impl Database {
             .map_err(fail)?;
         let root = Connection::open_in_memory_with_flags(config).map_err(fail)?;
         root.execute_batch(freed_memory::LARGE_ALLOCATION).map_err(fail)?;
-        let set_time = if has_time_zones(&root).map_err(fail)? { "set TimeZone = 'UTC';" } else { "" };
+        let set_time = set_time(&root).map_err(fail)?;
         let watch = match settings.inline {
             true => None,
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
@@ -219,10 +219,11 @@ impl Database {
     }
 }
 
-/// Whether DuckDB was built with time zones. Without them every time is UTC, and there is nothing to set.
-fn has_time_zones(connection: &Connection) -> duckdb::Result<bool> {
+/// What makes a connection read times as UTC: nothing where DuckDB was built without time zones.
+pub fn set_time(connection: &Connection) -> duckdb::Result<&'static str> {
     let query = "select count(*) > 0 from duckdb_settings() where name = 'TimeZone'";
-    connection.query_row(query, [], |row| row.get(0))
+    let has_zones = connection.query_row(query, [], |row| row.get(0))?;
+    Ok(if has_zones { "set TimeZone = 'UTC';" } else { "" })
 }
 
 /// Runs a statement, and tells how long it took to those who trace `shori_duckdb::sql`.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use arrow::array::RecordBatch;
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
+use shori_duckdb::database::set_time;
 use tempfile::TempDir;
 
 use super::VerifyInput;
@@ -74,9 +75,9 @@ impl Scratch {
                 config = config.with("threads", input.threads.to_string())?;
             }
             let connection = Connection::open_with_flags(directory.path().join("verify.duckdb"), config)?;
+            connection.execute_batch(set_time(&connection)?)?;
             connection.execute_batch(
                 "
-                set TimeZone = 'UTC';
                 set preserve_insertion_order = false;
                 create schema base;
                 create schema touched;
