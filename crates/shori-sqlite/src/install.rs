@@ -291,7 +291,7 @@ fn plan_table(connection: &Connection, wanted: &SqliteTable, accept: &BTreeSet<S
 
 fn renamed(table: &str, now: &str) -> Error {
     table::refused(table, format!("it was renamed to {now}"))
-        .with_remedy(format!("rename it back and run shori resnapshot {table}, or capture {now} in its place"))
+        .with_remedy(format!("rename it back, or capture {now} in its place"))
 }
 
 fn exists(connection: &Connection, table: &str) -> bool {
