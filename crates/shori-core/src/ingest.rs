@@ -22,6 +22,11 @@ use crate::schema::SchemaChange;
 use crate::source::{BatchLimit, CaptureInfo, Resume, Source, SourceBatch, Started};
 use crate::store::{Append, Appended, CaptureState, Store};
 
+/// Appends for each step of a projector that is busy.
+const APPENDS_PER_STEP: u32 = 4;
+/// Longest time that changes wait for others because of that.
+const LINGER_MAX: Duration = Duration::from_millis(500);
+
 #[derive(Clone, Copy, Debug)]
 pub struct IngestSettings {
     pub batch: BatchLimit,
@@ -154,7 +159,7 @@ impl Ingestor {
             batch = match ahead {
                 Some(next) => next,
                 None if batch.more => self.source.next(self.settings.batch).await?,
-                None => match self.pause(stop, begun + self.settings.linger).await? {
+                None => match self.pause(stop, begun + self.linger()).await? {
                     Some(ended) => return Ok(ended),
                     None if self.others_wrote(&mut session).await? => return Ok(Ended::Again),
                     None => self.source.next(self.settings.batch).await?,
@@ -357,6 +362,12 @@ impl Ingestor {
         // A receiver that has gone away no longer wants the answer.
         let _ = done.send(stored.map(|_| ()));
         Ended::Again
+    }
+
+    /// Shortest time between two appends. Each is a transaction of its own, and what comes during one step of the projector
+    /// is read by the next, however many they were: while steps follow each other, a few appends for each will do.
+    fn linger(&self) -> Duration {
+        self.settings.linger.max((self.recent.pace() / APPENDS_PER_STEP).min(LINGER_MAX))
     }
 
     /// Waits for the source, but at least until `earliest`, for a request or the end.

@@ -92,6 +92,8 @@ struct State {
     commits: JoinSet<Outcome>,
     /// Whether the transform has let go of everything consumed.
     forgotten: bool,
+    /// When the newest step began, while more follow at once.
+    stepped: Option<Instant>,
 }
 
 impl Projector {
@@ -107,6 +109,7 @@ impl Projector {
             tables: Vec::new(),
             commits: JoinSet::new(),
             forgotten: false,
+            stepped: None,
         };
         // Known to all before any is read: a projection of which nothing is known yet holds compaction back.
         state.workers.iter().for_each(|worker| self.report(worker, None));
@@ -174,6 +177,10 @@ impl Projector {
             moved = true;
             self.start_outputs(state, log).await?;
         }
+        if !moved && state.commits.is_empty() {
+            state.stepped = None;
+            self.recent.set_pace(Duration::ZERO);
+        }
         let is_open = !state.tables.is_empty();
         if !moved && is_open && !state.forgotten && state.commits.is_empty() {
             self.forget(state).await?;
@@ -193,6 +200,8 @@ impl Projector {
 
     async fn advance(&mut self, state: &mut State, step: &Step) -> Result<()> {
         let started = Instant::now();
+        let before = state.stepped.replace(started);
+        self.recent.set_pace(before.map_or(Duration::ZERO, |before| started - before));
         let zero = Applied { position: Position::ZERO, time: 0 };
         let ranges = step.captures.iter().map(|capture| Range {
             after: state.applied.get(&capture.capture).unwrap_or(&zero).position,

@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::change::ChangeBatch;
 use crate::error::Result;
@@ -19,6 +20,7 @@ pub struct Recent(Arc<Mutex<Inner>>);
 struct Inner {
     captures: HashMap<CaptureId, Run>,
     bytes: usize,
+    pace: Duration,
 }
 
 /// An unbroken run of a capture's log: every change with `after < position <= up_to`.
@@ -29,6 +31,15 @@ struct Run {
 }
 
 impl Recent {
+    /// The time from one step of the projector to the next, zero while it waits for changes.
+    pub fn pace(&self) -> Duration {
+        self.lock().pace
+    }
+
+    pub fn set_pace(&self, pace: Duration) {
+        self.lock().pace = pace;
+    }
+
     /// Everything of `capture` in `(after, up_to]` is `changes`.
     pub fn push(&self, capture: &CaptureId, after: Position, up_to: Position, changes: Vec<ChangeBatch>) -> Result<()> {
         let mut inner = self.lock();
