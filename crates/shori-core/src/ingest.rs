@@ -367,7 +367,7 @@ impl Ingestor {
     /// Shortest time between two appends. Each is a transaction of its own, and what comes during one step of the projector
     /// is read by the next, however many they were: while steps follow each other, a few appends for each will do.
     fn linger(&self) -> Duration {
-        self.settings.linger.max((self.recent.pace() / APPENDS_PER_STEP).min(LINGER_MAX))
+        paced(self.settings.linger, self.recent.pace())
     }
 
     /// Waits for the source, but at least until `earliest`, for a request or the end.
@@ -433,6 +433,10 @@ fn commit_runs(changes: &[ChangeBatch]) -> Result<Vec<CommitRun>> {
     Ok(runs)
 }
 
+fn paced(linger: Duration, pace: Duration) -> Duration {
+    linger.max((pace / APPENDS_PER_STEP).min(LINGER_MAX))
+}
+
 fn is_news(batch: &SourceBatch, session: &Session) -> bool {
     batch.watermark.staged > session.watermark.staged
         || batch.watermark.boundary > session.watermark.boundary
@@ -465,5 +469,19 @@ fn publish(log: &mut LogState, batch: &SourceBatch, session: &Session) {
         if let Some(state) = log.captures.get_mut(&info.id) {
             state.schema = info.schema.clone();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn appends_follow_the_steps_of_a_busy_projector_within_bounds() {
+        let ms = Duration::from_millis;
+        for (pace, linger) in [(0, 25), (40, 25), (400, 100), (2_000, 500), (60_000, 500)] {
+            assert_eq!(paced(ms(25), ms(pace)), ms(linger), "a step each {pace} ms");
+        }
+        assert_eq!(paced(ms(900), ms(400)), ms(900), "what is configured is the least");
     }
 }

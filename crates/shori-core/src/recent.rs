@@ -1,6 +1,7 @@
 //! Batches just appended, handed to the projector in memory when they follow on from where it stands.
 //!
-//! A shortcut only: what is not here is read from the log, with the same result.
+//! A shortcut only: what is not here is read from the log, with the same result. The other way, the ingestor learns how
+//! fast the projector takes them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -88,7 +88,7 @@ impl Database {
 
     /// Attaches the file as catalog `name`, creating it if missing. Attaching it again under its name does nothing.
     pub fn attach(&self, path: &Path, name: &str) -> Result<()> {
-        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = locked(&self.root);
         let object = || format!("DuckDB file {}", path.display());
         let attach = || {
             let mut attached = root.prepare("select path from duckdb_databases() where database_name = ?")?;
@@ -117,13 +117,13 @@ impl Database {
     }
 
     pub fn detach(&self, name: &str) -> Result<()> {
-        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = locked(&self.root);
         root.execute_batch(&format!("detach {}", quote_name(name))).map_err(|cause| duckdb_error("close", name, cause))
     }
 
     /// A connection whose unqualified names are those of catalog `name`. Times read as UTC, whatever the machine's zone.
     pub fn connect(&self, name: &str) -> Result<Connection> {
-        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = locked(&self.root);
         let connect = || {
             let connection = root.try_clone()?;
             connection.execute_batch(&format!("use {}; {}", quote_name(name), self.set_time))?;
@@ -183,7 +183,7 @@ impl Database {
     }
 
     fn scattered(&self) -> MutexGuard<'_, Scattered> {
-        self.scattered.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.scattered)
     }
 
     fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
@@ -195,12 +195,12 @@ impl Database {
 
     /// Changes the count, and the memory limit if the count has then come to `edge`.
     fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
-        let mut count = self.using_reserve.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = locked(&self.using_reserve);
         *count = change(*count);
         if *count != edge {
             return;
         }
-        let root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
+        let root = locked(&self.root);
         if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
             // Memory that is in use is not given back before its time: whoever uses the reserve next tries again.
             tracing::debug!(%cause, limit_mib, "the memory limit stays as it is");
@@ -224,6 +224,11 @@ pub fn set_time(connection: &Connection) -> duckdb::Result<&'static str> {
     let query = "select count(*) > 0 from duckdb_settings() where name = 'TimeZone'";
     let has_zones = connection.query_row(query, [], |row| row.get(0))?;
     Ok(if has_zones { "set TimeZone = 'UTC';" } else { "" })
+}
+
+/// The lock, also after a panic of who held it.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs a statement, and tells how long it took to those who trace `shori_duckdb::sql`.
@@ -250,6 +255,7 @@ pub(crate) fn one_line(message: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
+const START_AGAIN: &str = "start again: the file is recovered from its write-ahead log";
 const RAISE_MEMORY: &str = "raise memory.limit_mib in the configuration";
 
 /// Whether the error tells that memory has run out.
@@ -269,9 +275,9 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
         (ErrorKind::Unavailable, None)
     } else if has(&["Could not set lock", "Conflicting lock"]) {
         (ErrorKind::InUse, Some("stop the other process, or use the commands that reach it through its socket"))
-    } else if has(&["database has been invalidated", "in-memory column"]) {
+    } else if has(&["in-memory column"]) {
         // What memory held is no longer trusted; the file is as it was at the last commit.
-        (ErrorKind::Corrupt, Some("start again: the file is recovered from its write-ahead log"))
+        (ErrorKind::Corrupt, Some(START_AGAIN))
     } else if has(&[
         "not a valid DuckDB database",
         "corrupt",
@@ -282,6 +288,8 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
         "Could not read enough bytes",
     ]) {
         (ErrorKind::Corrupt, Some("restore the file from a copy, or move it away to start afresh"))
+    } else if has(&["database has been invalidated"]) {
+        (ErrorKind::Corrupt, Some(START_AGAIN))
     } else if has(&["Out of Memory"]) {
         (ErrorKind::Refused, Some(RAISE_MEMORY))
     } else {
@@ -309,7 +317,6 @@ mod tests {
             invalidated. Original error: Corrupted in-memory column - column with index 0 has misaligned count";
         let cause = duckdb::Error::DuckDBFailure(duckdb::ffi::Error::new(duckdb::ffi::DuckDBError), Some(text.into()));
         let error = duckdb_error("write", "the log", cause);
-        assert_eq!(error.kind(), ErrorKind::Corrupt);
-        assert!(error.remedy().is_some_and(|remedy| remedy.starts_with("start again")), "{error}");
+        assert_eq!((error.kind(), error.remedy()), (ErrorKind::Corrupt, Some(START_AGAIN)), "{error}");
     }
 }

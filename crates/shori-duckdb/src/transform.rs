@@ -26,7 +26,7 @@ mod tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
@@ -47,7 +47,7 @@ use self::reader::Reader;
 use self::session::{CACHE, Session, WORK};
 use self::settle::Pending;
 use self::staging::{Leg, Staging};
-use crate::database::Database;
+use crate::database::{Database, locked};
 
 /// Changes staged at a time, unless one batch alone has more.
 const GATHERED_MAX_ROWS: usize = 16_384;
@@ -89,10 +89,6 @@ impl Drop for Attached {
             }
         }
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::faults::Faults;
 use super::memory_database::FIRST_COMMIT_TIME;
 use super::memory_log::{LogRow, change_batch, compact, log_rows};
-use super::memory_target::{Status, TargetTable};
+use super::memory_target::{Status, TargetTable, Told};
 use super::planted::{self, Plant};
 use super::value::Row;
 use crate::change::ChangeBatch;
@@ -277,7 +277,11 @@ impl Stored {
     fn apply_output(&mut self, commit: &OutputCommit<'_>, parts: &[OutputRows]) -> Result<u64> {
         let name = &*commit.target.projection;
         let mut table = self.targets[name].clone();
-        let rows = table.apply(commit.output.kind(), parts, &commit.horizon, commit.as_of_time)?;
+        let rows = table.apply(
+            commit.output.kind(),
+            parts,
+            Told { horizon: commit.horizon, as_of_time: commit.as_of_time },
+        )?;
         self.targets.insert(name.into(), table);
         Ok(rows)
     }

@@ -31,6 +31,13 @@ pub struct TargetTable {
 }
 
 /// Indexes of the columns of a history that outputs change.
+/// What a commit tells beside its rows, as far as versions need it.
+#[derive(Clone, Copy)]
+pub struct Told {
+    pub horizon: Position,
+    pub as_of_time: Micros,
+}
+
 struct Columns {
     key: Vec<usize>,
     valid_from: usize,
@@ -99,19 +106,13 @@ impl TargetTable {
     }
 
     /// Applies a whole output, or fails and must be thrown away. Returns the rows written.
-    pub fn apply(
-        &mut self,
-        kind: OutputKind,
-        parts: &[OutputRows],
-        horizon: &Position,
-        as_of_time: Micros,
-    ) -> Result<u64> {
+    pub fn apply(&mut self, kind: OutputKind, parts: &[OutputRows], told: Told) -> Result<u64> {
         let versions = matches!(kind, OutputKind::Versions | OutputKind::ReplaceVersions);
         if versions != (self.target.shape == TargetShape::Versions) {
             return self.refuse(format!("{kind:?} does not fit {:?}", self.target.shape));
         }
         self.outputs += 1;
-        if versions { self.apply_versions(kind, parts, horizon, as_of_time) } else { self.apply_rows(kind, parts) }
+        if versions { self.apply_versions(kind, parts, told) } else { self.apply_rows(kind, parts) }
     }
 
     fn refuse<T>(&self, cause: String) -> Result<T> {
@@ -167,13 +168,7 @@ impl TargetTable {
         }
     }
 
-    fn apply_versions(
-        &mut self,
-        kind: OutputKind,
-        parts: &[OutputRows],
-        horizon: &Position,
-        as_of_time: Micros,
-    ) -> Result<u64> {
+    fn apply_versions(&mut self, kind: OutputKind, parts: &[OutputRows], told: Told) -> Result<u64> {
         let columns = self.columns();
         let mut came = BTreeSet::new();
         let mut written = 0;
@@ -201,10 +196,11 @@ impl TargetTable {
         if kind == OutputKind::ReplaceVersions {
             for (key, versions) in &mut self.rows {
                 let before = versions.len();
-                let old = |lsn: &Vec<u8>| lsn.as_slice() <= horizon.lsn.as_slice();
+                let old = |lsn: &Vec<u8>| lsn.as_slice() <= told.horizon.lsn.as_slice();
                 versions.retain(|lsn, _| old(lsn) || came.contains(&(key.clone(), lsn.clone())));
                 written += (before - versions.len()) as u64;
-                written += end_older(&columns, versions, |lsn| came.contains(&(key.clone(), lsn.clone())), as_of_time);
+                written +=
+                    end_older(&columns, versions, |lsn| came.contains(&(key.clone(), lsn.clone())), told.as_of_time);
             }
             self.rows.retain(|_, versions| !versions.is_empty());
         }

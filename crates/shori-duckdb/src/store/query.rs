@@ -7,7 +7,7 @@
 //! An answer is handed out while it is made, in batches as DuckDB makes them, so it may have any number of rows. Who takes
 //! it slowly holds up the statement alone; who goes away ends it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
@@ -16,7 +16,7 @@ use shori_core::{Error, ErrorKind, Result};
 use tokio::sync::{mpsc, oneshot};
 
 use super::session::{Session, Sessions};
-use crate::database::duckdb_error;
+use crate::database::{duckdb_error, locked};
 
 const READING_WORDS: [&str; 7] = ["select", "with", "from", "values", "describe", "show", "summarize"];
 /// Rows that an answer given at once holds at most.
@@ -75,10 +75,6 @@ impl Drop for Interruptible {
     fn drop(&mut self) {
         locked(&self.running).take();
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Begins to answer. The statement runs on, off the async threads, until all has been taken or the answer is dropped.

@@ -12,7 +12,7 @@ use shori_core::source::Rejected;
 use shori_core::store::{OutputKind, OutputRows, RunRecord, RunStatus, Store};
 use shori_core::testing::faults::Faults;
 use shori_core::testing::memory_store::MemoryStorage;
-use shori_core::testing::memory_target::{Status, TargetTable};
+use shori_core::testing::memory_target::{Status, TargetTable, Told};
 use shori_core::testing::memory_transform::MemoryCache;
 use shori_core::testing::model_projections::{model_projections, target_of};
 use shori_core::testing::simulation::faulty::{FaultyStore, FaultyTransform};
@@ -173,7 +173,7 @@ fn seen_target(store: &DuckdbStore, target: Target, status: &str, last_error: Op
     let part = |rows| if versions { OutputRows::Version(rows) } else { OutputRows::Upsert(rows) };
     let parts: Vec<OutputRows> = rows.into_iter().map(part).collect();
     let mut table = TargetTable::new(target);
-    table.apply(kind, &parts, &Position::ZERO, 0)?;
+    table.apply(kind, &parts, Told { horizon: Position::ZERO, as_of_time: 0 })?;
     table.checkpoint = checkpoint;
     table.last_error = last_error;
     table.status = match status {
