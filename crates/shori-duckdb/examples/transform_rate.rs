@@ -171,7 +171,7 @@ fn fill(directory: &Path, database: &Database, orders: i64) {
             lsn("i")
         ))
         .unwrap();
-    let size = std::fs::metadata(directory.join("cache.duckdb")).unwrap().len() >> 20;
+    let size = std::fs::metadata(directory.join("state.sqlite")).unwrap().len() >> 20;
     println!("cache file: {size} MiB");
 }
 
@@ -341,7 +341,7 @@ fn median(times: &mut [Duration]) -> Duration {
 }
 
 async fn open(directory: &Path, database: &Database, projections: &[Projection]) -> DuckdbTransform {
-    let transform = DuckdbTransform::open(database, &directory.join("cache.duckdb")).unwrap();
+    let transform = DuckdbTransform::open(database, &directory.join("state.sqlite")).unwrap();
     let tables: Vec<_> = schemas().into_iter().map(|(name, schema)| StateTable { capture: id(name), schema }).collect();
     transform.open("store", &tables, projections).await.unwrap();
     transform

@@ -1,26 +1,33 @@
-//! State, kept changes and outputs in a DuckDB file that is only a cache.
+//! State, kept changes and outputs: a cache that comes back from the log.
 //!
-//! Constraints: one transaction writes one attached file; tables have no primary key (its index would live in memory);
-//! memory is bounded by the instance, so a step of any size is set operations over tables that spill.
+//! Constraints: a step costs what it touches, however large the tables are; memory is bounded, so a step of any size is
+//! written in parts within one transaction; queries are DuckDB's SQL.
 //!
-//! Layout: see [`layout`]. Changes of a step are staged in temporary tables ([`staging`]), completed ([`resolve`]), applied
-//! to state and kept ([`advance`], [`chain`]) in one transaction. An output is computed from what was kept since the
-//! target's checkpoint ([`compute`]), for queries over the rows of touched entities alone ([`entity`], [`query`]), and
-//! read in parts ([`reader`]); what a query's next output builds on is kept by [`settle`].
+//! Rows lie by key in a state file of their own ([`file`], [`layout`], [`rows`]; as bytes: [`cells`], [`key`],
+//! [`tables`]). A step applies changes to them one after the other and keeps what they changed ([`advance`],
+//! [`images`], [`steps`], [`kept`]). An output is made from what was kept since the target's checkpoint ([`compute`]):
+//! straight from the file ([`direct`]), or by DuckDB, for queries over the rows of touched entities alone ([`entity`],
+//! [`query`], [`mirror`]). It is handed out in parts ([`reader`]); what a query's next output builds on is kept in
+//! [`results`].
 //!
-//! One connection writes state, another computes; each is behind a lock. Outputs are read on connections of their own.
+//! One connection writes the file; others see it as it was when they began. DuckDB's tables are in memory and spill.
 
 mod advance;
-mod chain;
+mod cells;
 mod compute;
+mod direct;
 mod entity;
+mod file;
+mod images;
+mod kept;
+mod key;
 mod layout;
+mod mirror;
 mod query;
 mod reader;
-mod resolve;
+mod results;
+mod rows;
 mod session;
-mod settle;
-mod staging;
 mod steps;
 mod tables;
 
@@ -30,42 +37,38 @@ use std::sync::{Arc, Mutex};
 
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
+use rusqlite::Connection;
 use shori_core::change::ChangeBatch;
 use shori_core::position::{CaptureId, Position, Positions};
-use shori_core::projection::{Derivation, Projection};
-use shori_core::store::OutputKind;
+use shori_core::projection::{Derivation, Maintenance, Projection};
 use shori_core::transform::{Advanced, Applied, CaptureAdvance, Computed, LogReader, StateTable, Transform};
 use shori_core::{Error, ErrorKind, Result, failpoint};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use self::advance::Kept;
-use self::compute::{Computation, Outcome, Place};
-use self::entity::Sets;
+use self::advance::{Leg, TableStep};
+use self::compute::{Computation, Outcome, Place, Working};
+use self::file::StateFile;
 use self::layout::Layout;
 use self::query::Shape;
-use self::reader::Reader;
-use self::session::{CACHE, Session, WORK};
-use self::settle::Pending;
-use self::staging::{Leg, Staging};
+use self::results::{Pending, Settling};
+use self::session::{Session, WORK};
 use crate::database::{Database, locked};
 
-/// Changes staged at a time, unless one batch alone has more.
-const GATHERED_MAX_ROWS: usize = 16_384;
-
-/// The engine's working memory in a DuckDB file. The file is locked by this process while this lives.
+/// The engine's working memory: a state file, and DuckDB for queries.
 pub struct DuckdbTransform {
     database: Database,
-    writer: Arc<AsyncMutex<Session>>,
+    file: StateFile,
+    writer: Arc<AsyncMutex<Connection>>,
     computer: Arc<AsyncMutex<Computer>>,
     shared: Arc<Shared>,
-    /// Declared last: the file is let go of after all connections to it.
+    /// Declared last: the work catalog is let go of after all connections to it.
     _attached: Attached,
 }
 
 /// What computes outputs.
 struct Computer {
     session: Session,
-    sets: Sets,
+    working: Working,
     shapes: BTreeMap<Arc<str>, Arc<Shape>>,
     pending: BTreeMap<Arc<str>, Pending>,
     outputs: u64,
@@ -83,11 +86,23 @@ struct Attached(Database);
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        for name in [CACHE, WORK] {
-            if let Err(error) = self.0.detach(name) {
-                tracing::debug!(%error, "a catalog stays attached");
-            }
+        if let Err(error) = self.0.detach(WORK) {
+            tracing::debug!(%error, "a catalog stays attached");
         }
+    }
+}
+
+/// A step being applied: its transaction is open as long as this lives.
+struct OpenStep {
+    writer: OwnedMutexGuard<Connection>,
+    step: i64,
+    tables: BTreeMap<Arc<str>, TableStep>,
+    rows: u64,
+}
+
+impl Drop for OpenStep {
+    fn drop(&mut self) {
+        file::roll_back(&self.writer);
     }
 }
 
@@ -108,17 +123,24 @@ impl Shared {
 }
 
 impl DuckdbTransform {
-    /// Attaches the cache file, creating it if it is missing or cannot be used.
+    /// Opens the state file, creating it if it is missing or cannot be used.
     pub fn open(database: &Database, path: &Path) -> Result<Self> {
-        layout::attach(database, path)?;
+        let (file, writer) = StateFile::open(path)?;
+        let root = database.connect("memory")?;
+        let attach = format!("attach ':memory:' as {WORK}");
+        root.execute_batch(&attach).map_err(|cause| session::failure("make", cause))?;
         let attached = Attached(database.clone());
-        let writer = Session::open(database)?;
-        writer.run(&format!("attach ':memory:' as {WORK}"))?;
         let session = Session::open(database)?;
-        let computer =
-            Computer { session, sets: Sets::default(), shapes: BTreeMap::new(), pending: BTreeMap::new(), outputs: 0 };
+        let computer = Computer {
+            session,
+            working: Working::default(),
+            shapes: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            outputs: 0,
+        };
         Ok(Self {
             database: database.clone(),
+            file,
             writer: Arc::new(AsyncMutex::new(writer)),
             computer: Arc::new(AsyncMutex::new(computer)),
             shared: Arc::default(),
@@ -128,7 +150,7 @@ impl DuckdbTransform {
 
     async fn write<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Session, &Shared) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&Connection, &Shared) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let writer = self.writer.clone().lock_owned().await;
         let shared = self.shared.clone();
@@ -142,40 +164,6 @@ impl DuckdbTransform {
         let mut computer = self.computer.clone().lock_owned().await;
         let shared = self.shared.clone();
         self.database.run(move || work(&mut computer, &shared)).await
-    }
-
-    /// Stages what `log` gives. The writer's lock is held from here to the end of the step.
-    async fn stage(
-        &self,
-        mut writer: OwnedMutexGuard<Session>,
-        legs: &Arc<Vec<Leg>>,
-        log: &mut dyn LogReader,
-    ) -> Result<(OwnedMutexGuard<Session>, Staging)> {
-        let mut staging = Staging::default();
-        let mut ahead = None;
-        while let Some(batch) = gather(log, &mut ahead).await? {
-            let legs = legs.clone();
-            (writer, staging) = self
-                .database
-                .run(move || {
-                    let Some(leg) = legs.iter().find(|leg| leg.capture == batch.capture) else {
-                        return Err(Error::new(
-                            ErrorKind::Internal,
-                            "apply",
-                            format!("changes of {}", batch.capture),
-                            "the step does not name this capture",
-                        ));
-                    };
-                    let batch = batch.between(&leg.from, &leg.to.position)?;
-                    if !batch.is_empty() {
-                        staging.rows += batch.len() as u64;
-                        staging.entry(&writer, &leg.table)?.append(&writer, leg.number, leg.generation, &batch)?;
-                    }
-                    Ok((writer, staging))
-                })
-                .await?;
-        }
-        Ok((writer, staging))
     }
 
     fn legs(&self, captures: &[CaptureAdvance]) -> Result<Vec<Leg>> {
@@ -196,63 +184,51 @@ impl DuckdbTransform {
     }
 }
 
-/// The next changes, small batches put together: each one staged costs as much as some thousand rows.
-async fn gather(log: &mut dyn LogReader, ahead: &mut Option<ChangeBatch>) -> Result<Option<ChangeBatch>> {
-    let mut parts: Vec<ChangeBatch> = Vec::new();
-    let mut rows = 0;
-    loop {
-        let next = match ahead.take() {
-            Some(batch) => Some(batch),
-            None => log.next().await?,
-        };
-        let Some(batch) = next else { break };
-        let follows = parts.first().is_none_or(|first| first.capture == batch.capture && first.schema == batch.schema);
-        if !follows || (rows > 0 && rows + batch.len() > GATHERED_MAX_ROWS) {
-            *ahead = Some(batch);
-            break;
-        }
-        rows += batch.len();
-        parts.push(batch);
+impl OpenStep {
+    fn begin(writer: OwnedMutexGuard<Connection>) -> Result<Self> {
+        file::run(&writer, "begin immediate")?;
+        let step = steps::last(&writer)? + 1;
+        Ok(Self { writer, step, tables: BTreeMap::new(), rows: 0 })
     }
-    match parts.as_slice() {
-        [one] => Ok(Some(one.clone())),
-        several => ChangeBatch::concat(several),
-    }
-}
 
-/// Applies a staged step in one transaction.
-fn apply(session: &Session, shared: &Shared, legs: &[Leg], mut staging: Staging) -> Result<Advanced> {
-    let layout = shared.layout();
-    for leg in legs.iter().filter(|leg| leg.sweep.is_some()) {
-        staging.entry(session, &leg.table)?;
+    fn table(&mut self, shared: &Shared, leg: &Leg) -> (&mut TableStep, &Connection) {
+        let nets = || shared.needs_nets(&shared.layout(), &leg.table.name);
+        let step = self.step;
+        let table = self.tables.entry(leg.table.name.clone());
+        (table.or_insert_with(|| TableStep::new(&leg.table, nets(), step)), &self.writer)
     }
-    session.transaction(|| {
-        let step = steps::last(session)? + 1;
-        let mut kept_rows = BTreeMap::new();
-        for (name, staged) in &mut staging.tables {
-            let nets = shared.needs_nets(&layout, name);
-            let rows = advance::apply(session, staged, legs, Kept { step, nets })?;
-            kept_rows.insert(name.clone(), (rows, nets, staged.table.has_history));
+
+    fn apply(&mut self, shared: &Shared, legs: &[Leg], batch: &ChangeBatch) -> Result<()> {
+        let Some(leg) = legs.iter().find(|leg| leg.capture == batch.capture) else {
+            let cause = "the step does not name this capture";
+            return Err(Error::new(ErrorKind::Internal, "apply", format!("changes of {}", batch.capture), cause));
+        };
+        let batch = batch.between(&leg.from, &leg.to.position)?;
+        self.rows += batch.len() as u64;
+        let (table, writer) = self.table(shared, leg);
+        table.apply(writer, leg, &batch)
+    }
+
+    fn finish(mut self, shared: &Shared, legs: &[Leg]) -> Result<Advanced> {
+        for leg in legs.iter().filter(|leg| leg.sweep.is_some()) {
+            self.table(shared, leg);
+        }
+        for table in self.tables.values_mut() {
+            let own: Vec<&Leg> = legs.iter().filter(|leg| leg.table.name == table.table.name).collect();
+            table.finish(&self.writer, own.into_iter())?;
         }
         failpoint::reached(failpoint::TRANSFORM_INSIDE_ADVANCE);
+        let mut told = BTreeSet::new();
         for leg in legs {
+            let table = self.tables.get(&leg.table.name);
             // Several captures of a table share its count: it is told once.
-            let (rows, nets, versions) = match kept_rows.get_mut(&leg.table.name) {
-                Some((rows, nets, versions)) => (std::mem::take(rows), *nets, *versions),
-                None => (0, true, true),
-            };
-            steps::record(session, step, leg, nets, versions, rows)?;
+            let kept = table.filter(|_| told.insert(&leg.table.name)).map_or(0, TableStep::kept);
+            steps::record(&self.writer, self.step, leg, table, kept)?;
         }
-        Ok(())
-    })?;
-    let mut applied = locked(&shared.applied);
-    applied.extend(legs.iter().map(|leg| (leg.capture.clone(), leg.to)));
-    for staged in staging.tables.values() {
-        session.run(&format!("drop table if exists {}", staged.table.staged()))?;
+        file::run(&self.writer, "commit")?;
+        locked(&shared.applied).extend(legs.iter().map(|leg| (leg.capture.clone(), leg.to)));
+        Ok(Advanced { rows: self.rows })
     }
-    let deleted = staging.tables.values().map(|staged| (staged.table.state_name(), staged.deleted_from));
-    session.deleted_from_vectors(deleted);
-    Ok(Advanced { rows: staging.rows })
 }
 
 impl Computer {
@@ -273,10 +249,27 @@ impl Computer {
         }
     }
 
+    /// Lets go of tables in DuckDB that no projection reads in full at each step.
+    fn release(&mut self, layout: &Layout) -> Result<()> {
+        let shapes = &self.shapes;
+        let is_needed = |table: &str| {
+            layout.projections.values().any(|projection| match &projection.derivation {
+                Derivation::Sql(sql) if sql.tables.iter().any(|name| **name == *table) => {
+                    matches!(sql.maintenance, Maintenance::Recompute)
+                        || (results::keeps_result(sql)
+                            && shapes.get(&projection.name).is_some_and(|shape| shape.has_others))
+                }
+                _ => false,
+            })
+        };
+        self.working.mirrors.release(&self.session, layout, is_needed)
+    }
+
     fn compute(
         &mut self,
         database: &Database,
-        layout: &Layout,
+        file: &StateFile,
+        layout: &Arc<Layout>,
         name: &str,
         since: Option<&Positions>,
     ) -> Result<Computed> {
@@ -285,34 +278,27 @@ impl Computer {
         let shape = self.shape(layout, projection)?;
         self.outputs += 1;
         let place = Place(self.outputs);
-        // The output is read on the connection that computed it only where it needs that one's transaction.
-        let own = Session::open(database)?;
-        let on_own = matches!(projection.derivation, Derivation::Latest { .. });
-        let session = if on_own { &own } else { &self.session };
-        let computation = Computation { session, layout, projection, since, place: &place };
-        session.run("begin transaction")?;
-        let outcome = computation.run(shape.as_deref(), &mut self.sets);
-        let holds = matches!(&outcome, Ok(Outcome::Output { laid, .. }) if laid.holds_transaction);
-        if let Err(error) = outcome {
-            session.roll_back()?;
-            session.relieve_after(&error);
-            self.sets.clear();
-            return Err(error);
-        }
-        if !holds {
-            session.run("commit")?;
-        }
-        Ok(match outcome? {
-            Outcome::UpToDate => Computed::UpToDate,
-            Outcome::Behind => Computed::Behind,
-            Outcome::NeedsReplay => Computed::NeedsReplay,
-            Outcome::Output { positions, as_of_time, laid } => {
-                let replaces = laid.kind == OutputKind::Replace;
-                let pending = Pending { place, positions: positions.clone(), replaces };
-                self.pending.insert(projection.name.clone(), pending);
-                Computed::Output { positions, as_of_time, reader: Box::new(Reader::new(database, own, laid)) }
+        let computation = Computation { database, session: &self.session, layout, projection, since, place: &place };
+        let outcome = computation.run(file.view()?, shape.as_deref(), &mut self.working);
+        match outcome.and_then(|outcome| self.release(layout).map(|()| outcome)) {
+            Ok(Outcome::UpToDate) => Ok(Computed::UpToDate),
+            Ok(Outcome::Behind) => Ok(Computed::Behind),
+            Ok(Outcome::NeedsReplay) => Ok(Computed::NeedsReplay),
+            Ok(Outcome::Output { positions, as_of_time, reader, change }) => {
+                if shape.is_some() {
+                    let pending = Pending { place, positions: positions.clone(), change };
+                    self.pending.insert(projection.name.clone(), pending);
+                }
+                Ok(Computed::Output { positions, as_of_time, reader })
             }
-        })
+            Err(error) => {
+                self.working = Working::default();
+                self.session.recover(&error)?;
+                place.drop_tables(&self.session)?;
+                self.working.mirrors.open(&self.session, layout)?;
+                Err(error)
+            }
+        }
     }
 }
 
@@ -321,12 +307,14 @@ impl Transform for DuckdbTransform {
     async fn open(&self, store_id: &str, tables: &[StateTable], projections: &[Projection]) -> Result<()> {
         let (store_id, tables, projections) = (store_id.to_string(), tables.to_vec(), projections.to_vec());
         let mut computer = self.computer.clone().lock_owned().await;
-        self.write(move |session, shared| {
+        self.write(move |writer, shared| {
             computer.shapes.clear();
-            let layout = layout::open(session, &store_id, &tables, &projections)?;
-            *locked(&shared.applied) = steps::applied(session, &layout)?;
+            let layout = layout::open(writer, &store_id, &tables, &projections)?;
+            *locked(&shared.applied) = steps::applied(writer, &layout)?;
+            computer.working.sets.clear();
+            let computer = &mut *computer;
+            computer.working.mirrors.open(&computer.session, &layout)?;
             *locked(&shared.layout) = Arc::new(layout);
-            computer.sets.clear();
             Ok(())
         })
         .await
@@ -348,38 +336,60 @@ impl Transform for DuckdbTransform {
     async fn advance(&self, captures: &[CaptureAdvance], log: &mut dyn LogReader) -> Result<Advanced> {
         let writer = self.writer.clone().lock_owned().await;
         let legs = Arc::new(self.legs(captures)?);
-        let (writer, staging) = self.stage(writer, &legs, log).await?;
+        let mut step = self.database.run(move || OpenStep::begin(writer)).await?;
+        while let Some(batch) = log.next().await? {
+            let (legs, shared) = (legs.clone(), self.shared.clone());
+            let apply = move || {
+                step.apply(&shared, &legs, &batch)?;
+                Ok(step)
+            };
+            step = self.database.run(apply).await?;
+        }
         let shared = self.shared.clone();
-        self.database.run(move || apply(&writer, &shared, &legs, staging)).await
+        self.database.run(move || step.finish(&shared, &legs)).await
     }
 
     async fn compute(&self, projection: &str, since: Option<&Positions>) -> Result<Computed> {
-        let (name, since, database) = (projection.to_string(), since.cloned(), self.database.clone());
+        let (name, since) = (projection.to_string(), since.cloned());
+        let (database, file) = (self.database.clone(), self.file.clone());
         self.compute_with(move |computer, shared| {
             let layout = shared.layout();
             if since.is_some() {
                 locked(&shared.started).insert(name.as_str().into());
             }
-            computer.compute(&database, &layout, &name, since.as_ref())
+            computer.compute(&database, &file, &layout, &name, since.as_ref())
         })
         .await
     }
 
     async fn settle(&self, projection: &str, checkpoint: Option<&Positions>) -> Result<()> {
-        let (name, checkpoint) = (projection.to_string(), checkpoint.cloned());
-        self.compute_with(move |computer, shared| {
-            let layout = shared.layout();
+        let (name, checkpoint, file) = (projection.to_string(), checkpoint.cloned(), self.file.clone());
+        let layout = self.shared.layout();
+        let settled = layout.projection(projection)?;
+        match checkpoint {
+            Some(_) => locked(&self.shared.started).insert(settled.name.clone()),
+            None => locked(&self.shared.started).remove(&settled.name),
+        };
+        if !matches!(settled.derivation, Derivation::Sql(_)) {
+            return Ok(());
+        }
+        let mut computer = self.computer.clone().lock_owned().await;
+        self.write(move |writer, shared| {
+            let (layout, computer) = (shared.layout(), &mut *computer);
             let projection = layout.projection(&name)?;
-            match checkpoint {
-                Some(_) => locked(&shared.started).insert(projection.name.clone()),
-                None => locked(&shared.started).remove(&projection.name),
-            };
-            let shape = match computer.pending.contains_key(&projection.name) {
-                true => computer.shape(&layout, projection)?,
-                false => None,
+            let shape = match checkpoint {
+                // Its query may fail: whoever computes next will say so.
+                Some(_) => computer.shape(&layout, projection).unwrap_or_default(),
+                None => None,
             };
             let pending = computer.pending.get(&projection.name);
-            settle::settle(&computer.session, &layout, projection, shape.as_deref(), pending, checkpoint.as_ref())?;
+            let settling = Settling { session: &computer.session, file: &file, writer, layout: &layout, projection };
+            let outcome = settling.settle(shape.as_deref(), pending, checkpoint.as_ref(), &mut computer.working);
+            if let Err(error) = outcome {
+                computer.session.recover(&error)?;
+                return Err(error);
+            }
+            computer.release(&layout)?;
             computer.drop_pending(&name)
         })
         .await
@@ -387,23 +397,23 @@ impl Transform for DuckdbTransform {
 
     async fn forget(&self, checkpoints: &[Positions]) -> Result<()> {
         let checkpoints = checkpoints.to_vec();
-        self.write(move |session, shared| {
+        self.write(move |writer, shared| {
             let layout = shared.layout();
             let started = locked(&shared.started).clone();
-            session.transaction(|| steps::forget(session, &layout, &checkpoints, &started))
+            file::transaction(writer, || steps::forget(writer, &layout, &checkpoints, &started))
         })
         .await
     }
 
     async fn changes_kept(&self) -> Result<u64> {
-        self.write(|session, _| Ok(session.number("select sum(rows)::bigint from steps")?.max(0) as u64)).await
+        self.write(|writer, _| Ok(steps::kept(writer)?.max(0) as u64)).await
     }
 
     async fn discard(&self) -> Result<()> {
         let layout = self.shared.layout();
         let mut computer = self.computer.clone().lock_owned().await;
-        self.write(move |session, shared| {
-            layout::clear(session)?;
+        self.write(move |writer, shared| {
+            layout::clear(writer)?;
             let captures = |table: &Arc<tables::Table>| {
                 let schema = Arc::new(table.schema());
                 let of = |(_, id): &(_, CaptureId)| StateTable { capture: id.clone(), schema: schema.clone() };
@@ -411,11 +421,14 @@ impl Transform for DuckdbTransform {
             };
             let tables: Vec<StateTable> = layout.tables.values().flat_map(captures).collect();
             let projections: Vec<Projection> = layout.projections.values().cloned().collect();
+            let computer = &mut *computer;
+            computer.working.sets.clear();
             if !layout.store_id.is_empty() {
-                *locked(&shared.layout) = Arc::new(layout::open(session, &layout.store_id, &tables, &projections)?);
+                let layout = layout::open(writer, &layout.store_id, &tables, &projections)?;
+                computer.working.mirrors.open(&computer.session, &layout)?;
+                *locked(&shared.layout) = Arc::new(layout);
             }
             locked(&shared.applied).clear();
-            computer.sets.clear();
             Ok(())
         })
         .await

@@ -117,7 +117,7 @@ fn open_some(loaded: &Loaded, wanted: &dyn Fn(&StoreConfig) -> bool) -> Result<O
 
 /// Connects an opened pipeline's parts.
 pub fn pipeline(loaded: &Loaded, opened: &Opened, once: bool, events: Events) -> Result<Pipeline> {
-    let transform = DuckdbTransform::open(&opened.database, &loaded.state_directory().join("cache.duckdb"))?;
+    let transform = DuckdbTransform::open(&opened.database, &loaded.state_directory().join("state.sqlite"))?;
     let mut projections = Vec::new();
     for configured in loaded.config.projections.iter().filter(|projection| projection.enabled) {
         let name = configured.target.as_ref().unwrap_or(&loaded.staging()?.name);

@@ -1,327 +1,369 @@
-//! Applies staged changes to state, and keeps what they changed.
+//! Applies changes to state, one after the other, and keeps what they changed.
 //!
-//! Tables in memory carry a step, one logical table after the other:
+//! A step is one transaction of the state file. Rows of touched keys are held in memory until they come to
+//! [`HELD_MAX_BYTES`]; then they are written, and read again when they are touched again: a step has any size.
 //!
-//! - `step_keys`: touched keys, with their number of images and the last one;
-//! - `step_found`: their rows in state, each found by one scan;
-//! - `step_last`: the last image of each key;
-//! - `step_chain`: per key and commit, the boundary of the version (see [`chain`](super::chain)).
+//! Versions, where a history is kept: one per key and commit, the last image counts, so a delete and insert in one commit
+//! are an update. A commit that finds no row and leaves none is no version. The boundary of a version is the time of
+//! its commit, but at least one microsecond above the key's boundary before.
 //!
-//! Row ids hold within the transaction only: a checkpoint of the file may move rows.
+//! What was written in the midst of a commit comes out as several parts of one version, and of one net change: whoever
+//! reads them puts them together (see [`kept`](super::kept)).
 
+use std::collections::{HashMap, hash_map};
+use std::sync::Arc;
+
+use rusqlite::Connection;
 use shori_core::Result;
-use shori_core::change::Op;
+use shori_core::change::{ChangeBatch, Op};
+use shori_core::position::{CaptureId, Lsn, Micros, Position};
+use shori_core::transform::Applied;
 
-use super::chain;
-use super::resolve;
-use super::session::Session;
-use super::staging::{Leg, Staged};
-use super::tables::{LSN_PARTS, Table, comma, lsn_literals, lsn_parts};
-use crate::scattered::VECTOR_ROWS;
-use crate::tail::{self, FEW_ROWS};
+use super::cells::{Cell, Cells, write_cell};
+use super::images::Images;
+use super::key::Key;
+use super::rows::Writer;
+use super::tables::{CaptureNumber, Head, Table};
 
-/// What is kept of a step for projections, beside state.
-#[derive(Clone, Copy)]
-pub(super) struct Kept {
-    pub step: i64,
-    pub nets: bool,
+/// Tests have small tables: where they run, rows are written in the midst of a step.
+const HELD_MAX_BYTES: usize = if cfg!(debug_assertions) { 4 << 10 } else { 24 << 20 };
+
+/// Memory of an entry beside its rows, about.
+const ENTRY_BYTES: usize = 200;
+
+/// What is kept of step n has ids from n times 2 to the power of this.
+pub(super) const STEP_SHIFT: i64 = 32;
+
+/// Rows that are gone through at a time, of all that a truncate or sweep deletes.
+const PAGE_ROWS: usize = 4_096;
+
+/// Where one capture goes in a step.
+#[derive(Clone)]
+pub(super) struct Leg {
+    pub number: CaptureNumber,
+    pub capture: CaptureId,
+    pub table: Arc<Table>,
+    pub from: Position,
+    pub to: Applied,
+    pub generation: u32,
+    pub sweep: Option<Micros>,
 }
 
-/// Images that leave a row.
-pub(super) const LEAVES_ROW: &str = "__op in (0, 2, 4)";
+/// A row, cut into its head and the columns' cells.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub head: Head,
+    pub cells: Box<[u8]>,
+}
 
-/// Applies the changes of one table. Returns how many changes were kept.
-pub(super) fn apply(session: &Session, staged: &mut Staged, legs: &[Leg], kept: Kept) -> Result<i64> {
-    expand_truncates(session, staged)?;
-    let table = staged.table.clone();
-    for leg in legs.iter().filter(|leg| leg.table.name == table.name) {
-        if let Some(time) = leg.sweep {
-            sweep(session, staged, leg, time)?;
+impl Row {
+    pub fn read(bytes: &[u8]) -> Result<Self> {
+        let (head, cells) = Head::read(bytes)?;
+        Ok(Self { head, cells: cells.0.into() })
+    }
+
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.clear();
+        self.head.write(out);
+        out.extend_from_slice(&self.cells);
+    }
+}
+
+/// A commit that has touched a key, as far as it has come.
+struct Pending {
+    lsn: Lsn,
+    /// The key had a row before it.
+    existed: bool,
+    /// The key's boundary before it.
+    boundary: Option<Micros>,
+    /// Its last image; none since its first part was written.
+    last: Option<(Op, Micros, Box<[u8]>)>,
+}
+
+/// A touched key.
+pub(super) struct Entry {
+    pub capture: CaptureNumber,
+    pub generation: u32,
+    pub stored_generation: u32,
+    pub before: Option<Row>,
+    pub now: Option<Row>,
+    pub changed: bool,
+    /// The key's last boundary, of its row or of its deletion.
+    pub boundary: Option<Micros>,
+    /// The file has a tomb of the key.
+    pub has_tomb: bool,
+    /// What deleted the row, where it was met.
+    pub deleted_by: Lsn,
+    pending: Option<Pending>,
+}
+
+/// What a step does to one table.
+pub(super) struct TableStep {
+    pub table: Arc<Table>,
+    /// Rows before and after are kept.
+    pub nets: bool,
+    versions: i64,
+    net_changes: i64,
+    next_id: i64,
+    held: HashMap<Key, Entry>,
+    held_bytes: usize,
+    /// The commit in whose midst rows were written.
+    written_in: Option<Lsn>,
+    /// The row that an update has just taken from its old key, and its commit.
+    moved: Option<(CaptureNumber, Lsn, Option<Row>)>,
+}
+
+impl TableStep {
+    pub fn new(table: &Arc<Table>, nets: bool, step: i64) -> Self {
+        Self {
+            table: table.clone(),
+            nets,
+            versions: 0,
+            net_changes: 0,
+            next_id: step << STEP_SHIFT,
+            held: HashMap::new(),
+            held_bytes: 0,
+            written_in: None,
+            moved: None,
         }
     }
-    if staged.rows == 0 {
-        return Ok(0);
+
+    /// Applies the images of one capture, in their order.
+    pub fn apply(&mut self, connection: &Connection, leg: &Leg, batch: &ChangeBatch) -> Result<()> {
+        let table = self.table.clone();
+        let images = Images::of(batch, &table)?;
+        let mut writer = Writer::new(connection, &table)?;
+        let mut cells = Vec::new();
+        for row in 0..images.len() {
+            let (lsn, op, time) = (images.lsn(row)?, images.op(row)?, images.time(row));
+            if op == Op::Truncate {
+                self.delete_all(&mut writer, leg, None, (lsn, time))?;
+                continue;
+            }
+            let is_partial = images.write(row, &mut cells)? && op.leaves_row();
+            let key = self.key_of(&cells)?;
+            let moved = self.moved.take();
+            if is_partial {
+                let stands = self.entry(&mut writer, leg, &key, lsn)?.now.as_ref();
+                let before = match &moved {
+                    Some((capture, commit, row)) if op == Op::UpdateAfter && (*capture, *commit) == (leg.number, lsn) => {
+                        row.as_ref()
+                    }
+                    _ => stands,
+                };
+                images.write_over(row, before.map(|row| &*row.cells), &mut cells)?;
+            }
+            let taken = self.image(&mut writer, leg, key, (lsn, op, time), &cells)?;
+            if op == Op::UpdateBefore {
+                self.moved = Some((leg.number, lsn, taken));
+            }
+            if self.held_bytes > HELD_MAX_BYTES {
+                self.write_held(&mut writer)?;
+                self.written_in = Some(lsn);
+            }
+        }
+        Ok(())
     }
-    let has_masks = staged.masks.iter().any(|&word| word != 0);
-    let mut keys = find_keys(session, &table)?;
-    staged.tail = session.tail_of(&table.state_name())?;
-    find_rows(session, &table, kept.nets || has_masks || staged.has_snapshot, staged.tail)?;
-    if has_masks {
-        resolve::resolve(session, staged)?;
+
+    /// Ends the step for the captures of this table.
+    pub fn finish<'a>(&mut self, connection: &Connection, legs: impl Iterator<Item = &'a Leg>) -> Result<()> {
+        let table = self.table.clone();
+        let mut writer = Writer::new(connection, &table)?;
+        for leg in legs {
+            if let Some(time) = leg.sweep {
+                let at = (leg.to.position.lsn, time);
+                self.delete_all(&mut writer, leg, Some(leg.generation), at)?;
+            }
+        }
+        self.write_held(&mut writer)
     }
-    if staged.has_snapshot && drop_known(session, staged, keys != staged.rows)? {
-        keys = find_keys(session, &table)?;
-        session.run(&format!(
-            "create or replace temp table step_found as from step_found f semi join step_keys k on {}",
-            table.key_match("f", "k")
-        ))?;
+
+    fn key_of(&self, cells: &[u8]) -> Result<Key> {
+        let mut list: Vec<Cell<'_>> = Vec::with_capacity(self.table.columns.len());
+        Cells(cells).collect(self.table.columns.len(), &mut list)?;
+        self.table.key_of(&list)
     }
-    if keys == 0 {
-        return Ok(0);
+
+    /// The touched key, read from the file when it is first met.
+    fn entry(&mut self, writer: &mut Writer<'_>, leg: &Leg, key: &Key, lsn: Lsn) -> Result<&mut Entry> {
+        let slot = match self.held.entry(key.clone()) {
+            hash_map::Entry::Occupied(held) => return Ok(held.into_mut()),
+            hash_map::Entry::Vacant(slot) => slot,
+        };
+        let mut entry = writer.read(key)?;
+        let stands_since = entry.now.as_ref().map_or(entry.deleted_by, |row| row.head.lsn);
+        if self.table.has_history && self.written_in == Some(lsn) && stands_since == lsn {
+            // The commit goes on: what was written of it is the first part of its version.
+            entry.pending = Some(Pending {
+                lsn,
+                last: None,
+                existed: entry.now.is_some(),
+                boundary: entry.boundary.map(|boundary| boundary - 1),
+            });
+        }
+        self.held_bytes += ENTRY_BYTES + key.heap_bytes() + 2 * entry.now.as_ref().map_or(0, |row| row.cells.len());
+        entry.capture = leg.number;
+        Ok(slot.insert(entry))
     }
-    let several = keys != staged.rows;
-    let last = if several {
-        session.run(&format!(
-            "create or replace temp table step_last as
-             select r.* from {} r semi join step_keys k on r.__n = k.__last",
-            table.staged()
-        ))?;
-        "temp.main.step_last".to_string()
-    } else {
-        table.staged()
-    };
-    let mut kept_rows = 0;
-    if table.has_history {
-        chain::build(session, staged, several)?;
-        kept_rows += chain::keep(session, staged, kept.step, &last)?;
+
+    /// Applies one whole image. Returns the row that stood before it.
+    fn image(
+        &mut self,
+        writer: &mut Writer<'_>,
+        leg: &Leg,
+        key: Key,
+        (lsn, op, time): (Lsn, Op, Micros),
+        cells: &[u8],
+    ) -> Result<Option<Row>> {
+        let has_history = self.table.has_history;
+        let mut version = None;
+        let entry = self.entry(writer, leg, &key, lsn)?;
+        entry.generation = entry.generation.max(leg.generation);
+        if op == Op::Snapshot && entry.now.as_ref().is_some_and(|row| is_same(&row.cells, cells)) {
+            return Ok(None);
+        }
+        entry.generation = leg.generation;
+        entry.changed = true;
+        if has_history {
+            if entry.pending.as_ref().is_some_and(|pending| pending.lsn != lsn) {
+                version = entry.close();
+            }
+            let (existed, boundary) = (entry.now.is_some(), entry.boundary);
+            let pending = entry.pending.get_or_insert(Pending { lsn, last: None, existed, boundary });
+            pending.last = Some((op, time, cells.into()));
+        }
+        let next = op.leaves_row().then(|| Row { head: Head { lsn, time, boundary: None }, cells: cells.into() });
+        if next.is_none() && entry.now.is_some() {
+            entry.deleted_by = lsn;
+        }
+        let before = std::mem::replace(&mut entry.now, next);
+        if let Some(version) = version {
+            self.keep_version(writer, &key, &version)?;
+        }
+        self.held_bytes += cells.len();
+        Ok(before)
     }
-    if kept.nets {
-        keep_nets(session, &table, kept.step, &last)?;
-        kept_rows = kept_rows.max(keys);
+
+    /// Deletes all rows of a capture, or with `below` those of lower generations.
+    fn delete_all(
+        &mut self,
+        writer: &mut Writer<'_>,
+        leg: &Leg,
+        below: Option<u32>,
+        (lsn, time): (Lsn, Micros),
+    ) -> Result<()> {
+        self.write_held(writer)?;
+        self.moved = None;
+        let mut after = None;
+        let mut cells = Vec::new();
+        loop {
+            let page = writer.page(leg.number, below, after.as_ref(), PAGE_ROWS)?;
+            let Some((last, _)) = page.last() else { return Ok(()) };
+            after = Some(last.clone());
+            for (key, row) in page {
+                self.only_key(&row, &mut cells)?;
+                self.image(writer, leg, key, (lsn, Op::Delete, time), &cells)?;
+            }
+            self.write_held(writer)?;
+        }
     }
-    staged.deleted_from = write_state(session, staged, &last)?;
-    Ok(kept_rows)
+
+    /// The image of a deletion that nobody sent: the key's columns, null for all others.
+    fn only_key(&self, row: &Row, out: &mut Vec<u8>) -> Result<()> {
+        out.clear();
+        let mut cells = Cells(&row.cells);
+        for column in 0..self.table.columns.len() {
+            let cell = cells.next()?;
+            write_cell(out, cell.filter(|_| self.table.key.contains(&column)));
+        }
+        Ok(())
+    }
+
+    /// How many changes are kept.
+    pub fn kept(&self) -> i64 {
+        self.versions.max(self.net_changes)
+    }
+
+    fn take_id(&mut self) -> i64 {
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    fn keep_version(&mut self, writer: &mut Writer<'_>, key: &Key, version: &Version) -> Result<()> {
+        self.versions += 1;
+        writer.keep_version(self.take_id(), key, version)
+    }
+
+    /// Writes what is held, in the order of keys.
+    fn write_held(&mut self, writer: &mut Writer<'_>) -> Result<()> {
+        let mut held: Vec<(Key, Entry)> = self.held.drain().collect();
+        held.sort_unstable_by(|(left, _), (right, _)| left.cmp(right));
+        for (key, entry) in &mut held {
+            if let Some(version) = entry.close() {
+                self.keep_version(writer, key, &version)?;
+            }
+            if entry.changed && self.nets && (entry.before.is_some() || entry.now.is_some()) {
+                self.net_changes += 1;
+                writer.keep_net(self.take_id(), key, entry)?;
+            }
+        }
+        self.held_bytes = 0;
+        writer.write(&held)
+    }
 }
 
-/// Writes a deletion of every key that stands for each truncate, so that all later rules see only rows.
-fn expand_truncates(session: &Session, staged: &mut Staged) -> Result<()> {
-    if staged.truncates.is_empty() {
-        return Ok(());
+/// Whether two rows hold the same. One may have been written before its table gained a column.
+fn is_same(left: &[u8], right: &[u8]) -> bool {
+    let (mut one, mut other) = (Cells(left), Cells(right));
+    while left != right && !(one.0.is_empty() && other.0.is_empty()) {
+        match (one.next(), other.next()) {
+            (Ok(one), Ok(other)) if one == other => {}
+            _ => return false,
+        }
     }
-    let (table, rows) = (&staged.table, staged.table.staged());
-    let mut parts = vec![format!("select *, 0 as __order from {rows} where __op <> {}", Op::Truncate as u8)];
-    for truncate in &staged.truncates {
-        let head = deletion_head(table, truncate.n, truncate.commit, &format!("{}::usmallint", truncate.capture));
-        parts.push(format!(
-            "select {head}, {}, {} as __time, {}, 1 as __order
-             from (
-                 select {keys} from {} where __capture = {capture}
-                 union
-                 select {keys} from {rows} where __n < {} and __op <> {} and __capture = {capture}
-             ) as k",
-            lsn_columns(&lsn_literals(&truncate.lsn)),
-            truncate.time,
-            deleted_columns(table),
-            table.state(),
-            truncate.n,
-            Op::Truncate as u8,
-            keys = table.keys(""),
-            capture = truncate.capture,
-        ));
+    true
+}
+
+/// A version, or a part of one.
+pub(super) struct Version {
+    pub capture: CaptureNumber,
+    pub op: Op,
+    pub existed: bool,
+    pub row: Row,
+    pub boundary: Micros,
+}
+
+impl Entry {
+    /// A key of which nothing is known yet.
+    pub fn unknown() -> Self {
+        Self {
+            capture: 0,
+            generation: 0,
+            stored_generation: 0,
+            before: None,
+            now: None,
+            changed: false,
+            boundary: None,
+            has_tomb: false,
+            deleted_by: Lsn::EMPTY,
+            pending: None,
+        }
     }
-    session.run(&format!(
-        "create or replace temp table step_expanded as
-         select * replace (row_number() over (order by __n, __order) - 1 as __n) from ({})",
-        parts.join(" union all by name ")
-    ))?;
-    session.run(&format!(
-        "alter table temp.main.step_expanded drop column __order;
-         truncate {rows};
-         insert into {rows} by name from step_expanded;
-         drop table temp.main.step_expanded"
-    ))?;
-    staged.truncates.clear();
-    staged.has_deletes = true;
-    staged.rows = session.number(&format!("select count(*) from {rows}"))?;
-    Ok(())
-}
 
-/// Deletes what a snapshot did not find: rows of lower generations that neither it nor anything newer touched.
-fn sweep(session: &Session, staged: &mut Staged, leg: &Leg, time: i64) -> Result<()> {
-    let table = staged.table.clone();
-    let rows = table.staged();
-    let commit = staged.next_commit();
-    let gone = format!(
-        "from {} s anti join {rows} r on {} anti join {} n on {} and n.__generation >= {generation}
-         where s.__capture = {number} and s.__generation < {generation}",
-        table.state(),
-        table.key_match("s", "r"),
-        table.seen(),
-        table.key_match("s", "n"),
-        generation = leg.generation,
-        number = leg.number,
-    );
-    session.run(&format!(
-        "insert into {rows} by name
-         select row_number() over () + {} as __n, {commit} as __commit, s.__capture, {} as __generation,
-             {} as __op, {}, {time} as __time, {}{}
-         {gone}",
-        staged.rows,
-        leg.generation,
-        Op::Delete as u8,
-        lsn_columns(&lsn_literals(&leg.to.position.lsn)),
-        mask_zeros(&table),
-        table.keys("s"),
-    ))?;
-    session.run(&format!(
-        "delete from {} where __capture = {} and __generation <= {}",
-        table.seen(),
-        leg.number,
-        leg.generation
-    ))?;
-    let found = session.number(&format!("select count(*) from {rows}"))?;
-    // The order goes on above the last row, with a gap where none was found.
-    staged.has_deletes |= found > staged.rows;
-    staged.rows = found;
-    Ok(())
-}
-
-fn deletion_head(table: &Table, n: i64, commit: i64, capture: &str) -> String {
-    format!(
-        "{n} as __n, {commit} as __commit, {capture} as __capture, 0::uinteger as __generation,
-         {}::utinyint as __op, {}",
-        Op::Delete as u8,
-        mask_zeros(table).trim_end_matches(", ")
-    )
-}
-
-fn mask_zeros(table: &Table) -> String {
-    (0..table.mask_words()).map(|word| format!("0::ubigint as __mask_{word}, ")).collect()
-}
-
-fn lsn_columns(literals: &str) -> String {
-    comma(literals.split(", ").zip(LSN_PARTS).map(|(value, name)| format!("{value} as {name}")))
-}
-
-/// The key's columns from `k`, null for all others.
-fn deleted_columns(table: &Table) -> String {
-    comma((0..table.columns.len()).map(|index| {
-        let name = table.name_of(index);
-        if table.key.contains(&index) { format!("k.{name}") } else { format!("null as {name}") }
-    }))
-}
-
-/// Returns the number of touched keys.
-fn find_keys(session: &Session, table: &Table) -> Result<i64> {
-    session.made(&format!(
-        "create or replace temp table step_keys as
-         select {keys}, max(__n) as __last from {} group by {keys}",
-        table.staged(),
-        keys = table.keys("")
-    ))
-}
-
-/// Finds the rows of touched keys, in a large table in three parts: at its end, of keys beyond those there (new ones, where
-/// keys grow), and the rest.
-fn find_rows(session: &Session, table: &Table, whole: bool, tail: Option<i64>) -> Result<()> {
-    let columns = if whole { format!("{}, {}", table.list("s"), lsn_parts("s")) } else { table.keys("s") };
-    let state = table.state();
-    let select = format!(
-        "select s.rowid as __row, {columns}, s.__time, s.__boundary, s.__capture, s.__generation from {state} s"
-    );
-    let of = |keys: &str| format!("semi join {keys} k on {}", table.key_match("s", "k"));
-    let Some(tail) = tail else {
-        return session.run(&format!("create or replace temp table step_found as {select} {}", of("step_keys")));
-    };
-    let first = table.name_of(table.key[0]);
-    session.run(&format!(
-        "create or replace temp table step_found as {select} {} where s.rowid >= {tail};
-         create or replace temp table step_rest as from step_keys k anti join step_found f on {};
-         create or replace temp table step_beyond as
-             from step_rest where {first} > (select max({first}) from {state} where rowid >= {tail});
-         insert into step_found {select} {} where s.rowid < {tail}",
-        of("step_keys"),
-        table.key_match("k", "f"),
-        of("step_beyond"),
-    ))?;
-    let sparse = session.made(&format!(
-        "create or replace temp table step_sparse as from step_rest k anti join step_beyond b on {}",
-        table.key_match("k", "b")
-    ))?;
-    if sparse == 0 {
-        return Ok(());
+    /// Ends the commit that has touched the key: its version, if it is one.
+    fn close(&mut self) -> Option<Version> {
+        let pending = self.pending.take()?;
+        let (op, time, cells) = pending.last?;
+        if !(pending.existed || op.leaves_row()) {
+            return None;
+        }
+        let boundary = time.max(pending.boundary.map_or(time, |before| before + 1));
+        self.boundary = Some(boundary);
+        let head = Head { lsn: pending.lsn, time, boundary: Some(boundary) };
+        if let Some(row) = &mut self.now {
+            row.head.boundary = Some(boundary);
+        }
+        let row = Row { head, cells };
+        Some(Version { capture: self.capture, op, existed: pending.existed, row, boundary })
     }
-    if sparse > FEW_ROWS {
-        return session.run(&format!("insert into step_found {select} {} where s.rowid < {tail}", of("step_sparse")));
-    }
-    session.run(&format!(
-        "create or replace temp table step_rows as
-             select s.rowid as __row from {state} s {} where s.rowid < {tail};
-         insert into step_found {select} where s.rowid in (select __row from step_rows)",
-        of("step_sparse")
-    ))
-}
-
-/// Drops snapshot images that equal the row that stands where they come. Returns whether there were any.
-fn drop_known(session: &Session, staged: &mut Staged, several: bool) -> Result<bool> {
-    let (table, rows) = (&staged.table, staged.table.staged());
-    let columns = format!("i.__n, {}, i.__generation, i.__capture, f.__generation as __standing", table.keys("i"));
-    let (of_key, stands) = (table.key_match("i", "f"), table.same_row("i", "f"));
-    let mut known =
-        format!("select {columns} from {rows} i join step_found f on {of_key} where i.__op = 0 and {stands}");
-    if several {
-        // What comes before an image in the step itself is found by narrow rows: whole ones would not fit into memory
-        // beside the joins.
-        session.run(&format!(
-            "create or replace temp table step_previous as
-             select __n, __previous from (
-                 select __n, __op, lag(__n) over (partition by {} order by __n) as __previous from {rows}
-             ) where __op = 0 and __previous is not null",
-            table.keys("")
-        ))?;
-        session.run(&format!(
-            "create or replace temp table step_known_here as
-             select {columns}
-             from step_previous v join {rows} i on i.__n = v.__n join {rows} p on p.__n = v.__previous
-             left join step_found f on {of_key}
-             where p.{LEAVES_ROW} and {}",
-            table.same_row("i", "p"),
-        ))?;
-        known = format!(
-            "select * from ({known}) s where s.__n not in (select __n from step_previous)
-             union all select * from step_known_here"
-        );
-    }
-    let count = session.made(&format!("create or replace temp table step_known as {known}"))?;
-    if count == 0 {
-        return Ok(false);
-    }
-    session.run(&format!(
-        "insert into {} select {}, __generation, __capture from step_known where __standing < __generation",
-        table.seen(),
-        table.keys(""),
-    ))?;
-    // A snapshot of a table that is known already leaves next to nothing: what is left is put anew, since deletions of
-    // most rows would take more memory than the rows.
-    session.run(&format!(
-        "create or replace temp table {name} as select r.* from {rows} r anti join step_known k on r.__n = k.__n",
-        name = rows.trim_start_matches("temp.main."),
-    ))?;
-    staged.rows -= count;
-    Ok(true)
-}
-
-/// Keeps the rows before and after the step.
-fn keep_nets(session: &Session, table: &Table, step: i64, last: &str) -> Result<()> {
-    let (before, after) = (2 * step, 2 * step + 1);
-    let names = format!("{}, {}", table.list(""), lsn_parts(""));
-    session.run(&format!(
-        "insert into {net} (__at, __capture, {names})
-         select {before}, __capture, {names} from step_found
-         union all
-         select {after}, __capture, {names} from {last} where {LEAVES_ROW}",
-        net = table.net(),
-    ))
-}
-
-/// Takes the touched rows out of state and puts the last images in. Faster than updates in place, which rewrite what
-/// they touch at the next checkpoint. Returns how many vectors of state lost rows.
-fn write_state(session: &Session, staged: &Staged, last: &str) -> Result<i64> {
-    let table = &staged.table;
-    for deletion in tail::deletions(&table.state(), "step_found", "__row", staged.tail) {
-        session.run(&deletion)?;
-    }
-    let (boundary, join) =
-        if table.has_history { ("c.__boundary", "left join step_chain c on c.__n = l.__n") } else { ("null", "") };
-    session.run(&format!(
-        "insert into {state} ({names}, __time, __boundary, __generation, __capture)
-         select {columns}, l.__time, {boundary}, l.__generation, l.__capture
-         from {last} l {join}
-         where l.{LEAVES_ROW}
-         order by l.__n",
-        state = table.state(),
-        names = format_args!("{}, {}", table.list(""), lsn_parts("")),
-        columns = format_args!("{}, {}", table.list("l"), lsn_parts("l")),
-    ))?;
-    session.number(&format!("select count(distinct __row // {VECTOR_ROWS}) from step_found"))
 }

@@ -1,44 +1,47 @@
 //! Computes what takes a target from its checkpoint to the applied position.
 //!
-//! An output is laid out in the work catalog, so that it stays as it is while state goes on: `out_<n>_rows`, and
-//! `out_<n>_keys` for keys that lose their row or whose open version ends. Only the replacement of a `latest` target is
-//! read from state itself, in a transaction that its reader holds.
+//! What a query gives is laid out in the work catalog, so that it stays as it is while state goes on: `out_<n>_rows`, and
+//! `out_<n>_keys` for keys that lose their row. Current rows and versions come straight from the state file: see
+//! [`direct`](super::direct).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use shori_core::position::{CaptureId, Micros, Positions};
-use shori_core::projection::{
-    Derivation, HistoryProjection, Maintenance, Measures, Projection, SqlProjection, history,
-};
-use shori_core::store::OutputKind;
+use shori_core::projection::{Derivation, Maintenance, Measures, Projection, SqlProjection};
+use shori_core::store::{OutputKind, OutputReader};
 use shori_core::transform::Applied;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::advance::LEAVES_ROW;
-use super::entity::{Scope, Sets, schema_after, schema_before};
-use super::layout::{LIVE, Layout, result_table};
+use super::direct;
+use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
+use super::file::View;
+use super::layout::Layout;
+use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
-use super::reader::{Part, PartKind};
-use super::session::{Session, WORK};
-use super::settle;
+use super::reader::{Part, PartKind, READY_ROWS_MAX, Ready, Tables, stream};
+use super::results::{self, Change};
+use super::session::{Session, WORK, comma};
 use super::steps::{self, Need, Ranges, Standing};
-use super::tables::{Table, comma, lsn_bytes};
-use crate::database::{quote_name, quote_text};
+use super::tables::Table;
+use crate::database::{Database, quote_name, quote_text};
 
 /// An output as it lies there.
 pub(super) struct Laid {
     pub kind: OutputKind,
     pub parts: Vec<Part>,
-    /// It is read in the transaction that it was computed in.
-    pub holds_transaction: bool,
 }
 
 pub(super) enum Outcome {
     UpToDate,
     Behind,
     NeedsReplay,
-    Output { positions: Positions, as_of_time: Micros, laid: Laid },
+    Output {
+        positions: Positions,
+        as_of_time: Micros,
+        reader: Box<dyn OutputReader>,
+        change: Change,
+    },
 }
 
 /// Rows of an output, and keys that lose theirs.
@@ -62,39 +65,79 @@ impl Place {
     }
 }
 
+/// What is kept from one output to the next.
+#[derive(Default)]
+pub(super) struct Working {
+    pub sets: Sets,
+    pub mirrors: Mirrors,
+}
+
+type Give<'g> = &'g mut dyn FnMut(shori_core::store::OutputRows) -> Result<()>;
+
 pub(super) struct Computation<'a> {
+    pub database: &'a Database,
     pub session: &'a Session,
-    pub layout: &'a Layout,
+    pub layout: &'a Arc<Layout>,
     pub projection: &'a Projection,
     pub since: Option<&'a Positions>,
     pub place: &'a Place,
 }
 
 impl Computation<'_> {
-    /// Runs in a transaction, so that all of it sees one state. `shape` and `sets` are for `sql` projections.
-    pub fn run(&self, shape: Option<&Shape>, sets: &mut Sets) -> Result<Outcome> {
+    /// All of it sees the one state of `view`. `shape` is for `sql` projections.
+    pub fn run(&self, view: View, shape: Option<&Shape>, working: &mut Working) -> Result<Outcome> {
         let tables = self.layout.tables_of(self.projection)?;
-        let applied = steps::applied(self.session, self.layout)?;
+        let applied = steps::applied(&view, self.layout)?;
         let need =
             if matches!(self.projection.derivation, Derivation::History(_)) { Need::Versions } else { Need::Nets };
-        let ranges = match steps::standing(self.session, &tables, &applied, self.since, need)? {
+        let ranges = match steps::standing(&view, &tables, &applied, self.since, need)? {
             Standing::Level => return Ok(Outcome::UpToDate),
             Standing::Behind => return Ok(Outcome::Behind),
             Standing::Covered(ranges) => Some(ranges),
             Standing::Gone => None,
         };
-        let laid = match (&self.projection.derivation, ranges) {
-            (Derivation::History(_), None) => return Ok(Outcome::NeedsReplay),
-            (Derivation::History(of), Some(ranges)) => self.history(of, &tables[0], &ranges)?,
-            (Derivation::Latest { .. }, Some(ranges)) if self.since.is_some() => self.latest(&tables[0], &ranges)?,
-            (Derivation::Latest { .. }, _) => self.whole_table(&tables[0])?,
-            (Derivation::Sql(sql), ranges) => {
-                let Some(shape) = shape else { return Ok(Outcome::UpToDate) };
-                self.query(sql, shape, ranges.filter(|_| self.since.is_some()), sets)?
-            }
-        };
         let (positions, as_of_time) = target(&tables, &applied);
-        Ok(Outcome::Output { positions, as_of_time, laid })
+        let table = tables.first().cloned();
+        let mut change = Change::Nothing;
+        let reader = match (&self.projection.derivation, ranges, table) {
+            (Derivation::History(_), None, _) => return Ok(Outcome::NeedsReplay),
+            (Derivation::History(of), Some(ranges), Some(table)) => {
+                let (of, is_whole) = (of.clone(), self.since.is_none());
+                let kind = if is_whole { OutputKind::ReplaceVersions } else { OutputKind::Versions };
+                let read = move |give: Give<'_>| direct::history(&view, &table, &of, &ranges, is_whole, give);
+                stream(self.database, kind, read)?
+            }
+            (Derivation::Latest { .. }, Some(ranges), Some(table)) if self.since.is_some() => {
+                stream(self.database, OutputKind::Merge, move |give| direct::latest(&view, &table, &ranges, give))?
+            }
+            (Derivation::Latest { .. }, _, Some(table)) => {
+                stream(self.database, OutputKind::Replace, move |give| direct::whole_table(&view, &table, give))?
+            }
+            (Derivation::Sql(sql), ranges, _) => {
+                let Some(shape) = shape else { return Ok(Outcome::UpToDate) };
+                let laid = self.query(&view, sql, shape, ranges.filter(|_| self.since.is_some()), working)?;
+                change = match laid.kind {
+                    OutputKind::Replace => Change::Whole,
+                    _ if laid.parts.is_empty() => Change::Nothing,
+                    _ => Change::Difference,
+                };
+                self.read(laid)?
+            }
+            (_, _, None) => return Ok(Outcome::UpToDate),
+        };
+        Ok(Outcome::Output { positions, as_of_time, reader, change })
+    }
+
+    fn read(&self, laid: Laid) -> Result<Box<dyn OutputReader>> {
+        let rows: i64 = laid.parts.iter().map(|part| part.rows).sum();
+        if rows > READY_ROWS_MAX {
+            return Ok(Box::new(Tables::new(self.database, laid.kind, laid.parts)?));
+        }
+        let mut parts = VecDeque::new();
+        for part in &laid.parts {
+            parts.extend(part.read_all(self.session)?);
+        }
+        Ok(Box::new(Ready { kind: laid.kind, rows: rows as u64, parts }))
     }
 
     /// Returns how many rows there are.
@@ -102,111 +145,29 @@ impl Computation<'_> {
         self.session.made(&format!("create or replace table {table} as {query}"))
     }
 
-    fn latest(&self, table: &Table, ranges: &Ranges) -> Result<Laid> {
-        let range = ranges.of_nets(table);
-        let keys = table.keys("");
-        self.session.run(&format!(
-            "create or replace temp table __touched as
-             select {keys}, min(__at) as __low, max(__at) as __high from {} where {range} group by {keys}",
-            table.net()
-        ))?;
-        let rows = self.lay(
-            &self.place.rows(),
-            &format!(
-                "select {}, {} as __source_lsn from {} n join __touched t on {} and n.__at = t.__high
-                 where n.__at % 2 = 1",
-                table.list("n"),
-                lsn_bytes("n"),
-                table.net(),
-                table.key_match("n", "t")
-            ),
-        )?;
-        let gone = self
-            .lay(&self.place.keys(), &format!("select {keys} from __touched where __low % 2 = 0 and __high % 2 = 0"))?;
-        let columns = query::latest_columns(table);
-        let parts = vec![
-            Part::of_table(PartKind::Upsert, self.place.rows(), columns.clone(), rows),
-            Part::of_table(PartKind::Delete, self.place.keys(), key_columns(table), gone),
-        ];
-        Ok(Laid { kind: OutputKind::Merge, parts, holds_transaction: false })
-    }
-
-    fn whole_table(&self, table: &Table) -> Result<Laid> {
-        let select = format!("{}, {} as __source_lsn", table.list(""), lsn_bytes(""));
-        let part = Part::of_state(self.session, select, table.state(), query::latest_columns(table))?;
-        Ok(Laid { kind: OutputKind::Replace, parts: vec![part], holds_transaction: true })
-    }
-
-    fn history(&self, of: &HistoryProjection, table: &Table, ranges: &Ranges) -> Result<Laid> {
-        let range = ranges.of_versions(table);
-        let of_changes = range.replace("__step", "d.__step").replace("__capture", "d.__capture");
-        let renamed = table.key.iter().zip(&of.key);
-        let keys = comma(renamed.map(|(&index, name)| format!("d.{} as {}", table.name_of(index), quote_name(name))));
-        let matches = format!("{} and d.__boundary = e.__boundary", table.key_match("d", "e"));
-        self.session.run(&format!(
-            "create or replace temp table __ends as
-             select {keys}, __boundary,
-                 lead(__boundary) over (partition by {keys} order by __boundary) as __end,
-                 lag(__boundary) over (partition by {keys} order by __boundary) is null as __is_first
-             from {} where {range}",
-            table.delta(),
-            keys = table.keys(""),
-        ))?;
-        let published = |index: usize| quote_name(&history::published_name(table.columns[index].name()));
-        let tracked = query::tracked(table).into_iter();
-        let tracked: String =
-            tracked.map(|index| format!("d.{} as {}, ", table.name_of(index), published(index))).collect();
-        let versions = self.lay(
-            &self.place.rows(),
-            &format!(
-                "select {keys}, {tracked} make_timestamp(d.__boundary) as valid_from,
-                     make_timestamp(e.__end) as valid_to, e.__end is null as is_current,
-                     case d.__op when 0 then 'SNAPSHOT' when 2 then 'INSERT' else 'UPDATE' end as cdc_operation,
-                     make_timestamp(d.__time) as cdc_timestamp, {} as __source_lsn
-                 from {} d join __ends e on {matches}
-                 where {of_changes} and d.{LEAVES_ROW}",
-                lsn_bytes("d"),
-                table.delta(),
-            ),
-        )?;
-        let columns = query::history_columns(table, &of.key);
-        let rows = Part::of_table(PartKind::Version, self.place.rows(), columns.clone(), versions);
-        if self.since.is_none() {
-            return Ok(Laid { kind: OutputKind::ReplaceVersions, parts: vec![rows], holds_transaction: false });
-        }
-        let ended = self.lay(
-            &self.place.keys(),
-            &format!(
-                "select {keys}, make_timestamp(d.__boundary) as valid_to
-                 from {} d join __ends e on {matches}
-                 where {of_changes} and e.__is_first and d.__existed",
-                table.delta(),
-            ),
-        )?;
-        let mut fields: Vec<_> = columns.fields()[..of.key.len()].to_vec();
-        fields.extend(columns.fields().iter().filter(|field| field.name() == history::VALID_TO).cloned());
-        let closed = Arc::new(arrow::datatypes::Schema::new(fields));
-        let ends = Part::of_table(PartKind::Close, self.place.keys(), closed, ended);
-        Ok(Laid { kind: OutputKind::Versions, parts: vec![ends, rows], holds_transaction: false })
-    }
-
-    fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, sets: &mut Sets) -> Result<Laid> {
-        let settled = settle::settled(self.session, self.projection)?;
-        let stands = settled.is_some() && (settled.as_ref() == self.since || !settle::keeps_result(sql));
-        let (Some(ranges), true) = (ranges, stands) else {
-            let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
-            query::run(self.session, sql, LIVE, &create)?;
-            let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
-            return self.laid(shape, OutputKind::Replace, (rows, 0));
-        };
+    fn query(
+        &self,
+        view: &View,
+        sql: &SqlProjection,
+        shape: &Shape,
+        ranges: Option<Ranges>,
+        working: &mut Working,
+    ) -> Result<Laid> {
+        let settled = results::settled(view, &self.projection.name)?;
+        let stands = settled.is_some() && (settled.as_ref() == self.since || !results::keeps_result(sql));
+        let (Some(ranges), true) = (ranges, stands) else { return self.whole(view, sql, shape, working) };
         let counts = match &sql.maintenance {
-            Maintenance::Recompute => self.recomputed(sql, shape)?,
+            Maintenance::Recompute => {
+                working.mirrors.fill(self.session, view, self.layout, sql)?;
+                self.recomputed(view, sql, shape)?
+            }
             Maintenance::ByEntity { entity, measures } => {
-                let scope = Scope { ranges, step: steps::last(self.session)? };
-                let (set, any) = sets.get(self.session, self.layout, entity, scope)?;
-                if !any {
-                    let counts = self.nothing(shape)?;
-                    return self.laid(shape, OutputKind::Merge, counts);
+                let scope = Scope { ranges, step: steps::last(view)? };
+                let (set, touched) = working.sets.get(self.session, view, self.layout, entity, scope)?;
+                match touched {
+                    Touched::Nothing => return Ok(Laid { kind: OutputKind::Merge, parts: Vec::new() }),
+                    Touched::TooMany => return self.whole(view, sql, shape, working),
+                    Touched::Some => {}
                 }
                 for (table, schema) in [("__before", schema_before(set)), ("__after", schema_after(set))] {
                     let statement = format!("create or replace temp table {table} as select * from {{query}}");
@@ -214,12 +175,24 @@ impl Computation<'_> {
                 }
                 match measures {
                     Measures::PerEntity => self.compared(shape, "__before", "__after")?,
-                    Measures::Additive { .. } if shape.has_others => self.touched(sql, shape)?,
-                    Measures::Additive { .. } => self.added(shape)?,
+                    Measures::Additive { .. } if shape.has_others => {
+                        working.mirrors.fill(self.session, view, self.layout, sql)?;
+                        self.touched(view, sql, shape)?
+                    }
+                    Measures::Additive { .. } => self.added(view, shape)?,
                 }
             }
         };
         self.laid(shape, OutputKind::Merge, counts)
+    }
+
+    /// Runs the query in full.
+    fn whole(&self, view: &View, sql: &SqlProjection, shape: &Shape, working: &mut Working) -> Result<Laid> {
+        working.mirrors.fill(self.session, view, self.layout, sql)?;
+        let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
+        query::run(self.session, sql, LIVE, &create)?;
+        let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
+        self.laid(shape, OutputKind::Replace, (rows, 0))
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
@@ -254,15 +227,7 @@ impl Computation<'_> {
             let keys = Arc::new(arrow::datatypes::Schema::new(fields.cloned().collect::<Vec<_>>()));
             parts.push(Part::of_table(PartKind::Delete, self.place.keys(), keys, gone));
         }
-        Ok(Laid { kind, parts, holds_transaction: false })
-    }
-
-    fn nothing(&self, shape: &Shape) -> Result<Counts> {
-        let typed = |name: &String| shape.type_of(name).map(|of| format!("null::{of} as {}", quote_name(name)));
-        let all: Result<Vec<_>> = shape.fields.iter().map(|field| typed(field.name())).collect();
-        let keys: Result<Vec<_>> = shape.key.iter().map(typed).collect();
-        let rows = self.lay(&self.place.rows(), &format!("select {} where false", all?.join(", ")))?;
-        Ok((rows, self.lay(&self.place.keys(), &format!("select {} where false", keys?.join(", ")))?))
+        Ok(Laid { kind, parts })
     }
 
     /// Rows of `after` that `before` has not, and keys of `before` that `after` has not.
@@ -275,15 +240,16 @@ impl Computation<'_> {
         Ok((rows, gone))
     }
 
-    fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
+    fn recomputed(&self, view: &View, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         query::run(self.session, sql, LIVE, "create or replace temp table __after as select * from {query}")?;
-        let counts = self.compared(shape, &result_table(&self.projection.name), "__after")?;
-        self.session.run("drop table temp.main.__after")?;
+        let stood = results::load_all(self.session, view, &self.projection.name, shape)?;
+        let counts = self.compared(shape, &stood.full_name(), "__after")?;
+        self.session.run(&format!("drop table temp.main.__after; drop table {}", stood.full_name()))?;
         Ok(counts)
     }
 
     /// Adds the difference between after and before to what stands.
-    fn added(&self, shape: &Shape) -> Result<Counts> {
+    fn added(&self, view: &View, shape: &Shape) -> Result<Counts> {
         let keys = shape.keys("x");
         let mut sums = Vec::new();
         let mut moved = Vec::new();
@@ -306,6 +272,7 @@ impl Computation<'_> {
             sums.join(", "),
             moved.join(" or ")
         ))?;
+        let stood = results::load(self.session, view, &self.projection.name, shape, "temp.main.__moved")?;
         let mut columns = Vec::new();
         for field in &shape.fields {
             let column = quote_name(field.name());
@@ -320,7 +287,7 @@ impl Computation<'_> {
             "create or replace temp table __sums as
              select {}, r.{weight} is not null as __stood from __moved d left join {} r on {}",
             columns.join(", "),
-            result_table(&self.projection.name),
+            stood.full_name(),
             shape.key_match("d", "r")
         ))?;
         let rows =
@@ -333,7 +300,7 @@ impl Computation<'_> {
     }
 
     /// Recomputes the keys of touched entities in full, where some column does not add up.
-    fn touched(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
+    fn touched(&self, view: &View, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         self.session.run(&format!(
             "create or replace temp table __moved as
              select {} from __before b union select {} from __after a",
@@ -351,18 +318,9 @@ impl Computation<'_> {
             )
             .replace('\n', " "),
         )?;
-        self.session.run(&format!(
-            "create or replace temp table __stood as select r.* from {} r semi join __moved m on {}",
-            result_table(&self.projection.name),
-            shape.key_match("r", "m")
-        ))?;
-        self.compared(shape, "__stood", "__whole")
+        let stood = results::load(self.session, view, &self.projection.name, shape, "temp.main.__moved")?;
+        self.compared(shape, &stood.full_name(), "__whole")
     }
-}
-
-fn key_columns(table: &Table) -> arrow::datatypes::SchemaRef {
-    let fields: Vec<_> = table.key.iter().map(|&index| table.columns[index].clone()).collect();
-    Arc::new(arrow::datatypes::Schema::new(fields))
 }
 
 /// Where an output of `tables` takes its target.

@@ -1,34 +1,46 @@
-//! The rows of touched entities, before and after: what a query is run over when its result is maintained by entity.
+//! What a step touched, as entities: the rows that belong to them, before and after, for the queries that are kept up
+//! to date by them.
 //!
-//! A table leads to the entity by a column of its own, or through another table. Touched entities are those that changed
-//! rows lead to, before or after. A projection whose ways to the entity are among those of another is served by that
-//! one's set: an entity that is not touched has the same rows before and after, and adds nothing.
-//!
-//! Layout, per set and table, in memory: `changed_<set>_<table>` (rows that steps changed, as they were and as they are),
-//! `led_<set>_<table>` (join values of changed rows that lead through another table), `same_<set>_<table>` (rows of
-//! touched entities that stand unchanged). Views over them make two schemas, `set_<set>_before` and `set_<set>_after`, in
-//! which every table has its own name; a table that leads through another shows the rows that those of the other join.
-//!
-//! State is scanned with only the columns that a query can mean. Where rows lead through another table that holds the
-//! entity as its key, one scan finds both the entities and their rows.
+//! A set lies in the work catalog: per table `now_<set>_<table>` (rows of touched entities as they stand) and
+//! `old_<set>_<table>` (touched rows as they were; only their key where there was none). Two schemas of views show
+//! queries the one state and the other. Everything is found by key or index: a set costs what it holds.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use shori_core::Result;
+use arrow::datatypes::{DataType, Field, Schema};
+use rusqlite::Connection;
 use shori_core::projection::{Derivation, Entity, EntityPath, Maintenance, SqlProjection};
+use shori_core::{Error, ErrorKind, Result};
 
+use super::cells::Cell;
+use super::cells::Cells;
+use super::kept::{self, Net};
+use super::key::Key;
 use super::layout::Layout;
 use super::query::{used_columns, uses_lsn};
-use super::session::{Session, WORK};
+use super::rows::Finder;
+use super::session::{Loader, Session, WORK, WorkTable, comma};
 use super::steps::Ranges;
-use super::tables::{Table, comma, lsn_bytes, lsn_parts, qualified};
+use super::tables::{Head, Table};
 use crate::database::quote_name;
+
+/// Entities of a set at most: they are held in memory. Where more are touched, the query runs in full.
+const ENTITIES_MAX: usize = 2_000_000;
 
 /// What changed, as seen from a checkpoint: what a set of rows belongs to.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Scope {
     pub ranges: Ranges,
     pub step: i64,
+}
+
+/// What a step means to the queries that a set serves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Touched {
+    Nothing,
+    Some,
+    TooMany,
 }
 
 pub(super) fn schema_before(set: usize) -> String {
@@ -39,50 +51,42 @@ pub(super) fn schema_after(set: usize) -> String {
     format!("set_{set}_after")
 }
 
+type Values = HashSet<Key>;
+
 struct Builder<'a> {
     session: &'a Session,
+    view: &'a Connection,
     layout: &'a Layout,
     entity: &'a Entity,
     ranges: &'a Ranges,
     set: usize,
-    /// The views are yet to be made.
-    is_new: bool,
 }
 
 impl Builder<'_> {
-    /// Returns whether any entity is touched; if none is, there is nothing to run.
-    fn build(&self) -> Result<bool> {
-        for name in self.entity.paths.keys() {
-            self.changed(self.layout.table(name)?)?;
-        }
-        let found = self.entities()?;
-        if found == 0 {
-            return Ok(false);
-        }
-        if self.is_new {
-            for schema in [schema_before(self.set), schema_after(self.set)] {
-                self.session
-                    .run(&format!("drop schema if exists {WORK}.{schema} cascade; create schema {WORK}.{schema}"))?;
-            }
+    fn build(&self) -> Result<Touched> {
+        let entities = self.entities()?;
+        if entities.is_empty() || entities.len() > ENTITIES_MAX {
+            return Ok(if entities.is_empty() { Touched::Nothing } else { Touched::TooMany });
         }
         let mut order: Vec<(usize, &Arc<str>, &EntityPath)> =
             self.entity.paths.iter().map(|(table, path)| (self.depth(path), table, path)).collect();
         order.sort_by_key(|(depth, ..)| *depth);
-        for (_, table, path) in order {
-            let table = self.layout.table(table)?;
-            match path {
-                EntityPath::Column(column) => self.rows_by_entity(table, column)?,
-                EntityPath::Through { table: other, own_column, their_column } => {
-                    let joined = self.joined(other, own_column, their_column);
-                    self.rows_by_join(table, &joined)?;
-                }
+        let mut joined: BTreeMap<&str, Values> = BTreeMap::new();
+        for (_, name, path) in order {
+            let table = self.layout.table(name)?;
+            let (column, values) = match path {
+                EntityPath::Column(column) => (column, None),
+                EntityPath::Through { own_column, .. } => (own_column, Some(joined.remove(&**name).unwrap_or_default())),
+            };
+            let column = column_of(table, column)?;
+            let mut leads = self.leads(name)?;
+            self.old_rows(table, values.as_ref().map(|values| (column, values)), &mut leads)?;
+            self.rows_now(table, column, values.as_ref().unwrap_or(&entities), &mut leads)?;
+            for lead in leads {
+                joined.entry(lead.to).or_default().extend(lead.values);
             }
         }
-        Ok(true)
-    }
-
-    fn temporary(&self, kind: &str, table: &Table) -> String {
-        format!("temp.main.{}", quote_name(&format!("{kind}_{}_{}", self.set, table.name)))
+        Ok(Touched::Some)
     }
 
     fn depth(&self, path: &EntityPath) -> usize {
@@ -94,85 +98,194 @@ impl Builder<'_> {
         depth
     }
 
-    /// Rows of touched keys at the checkpoint and now.
-    fn changed(&self, table: &Table) -> Result<()> {
-        let names = format!("{}, {}", self.names(table, ""), lsn_parts(""));
-        self.session.run(&format!(
-            "create or replace temp table {} as
-             select {names}, __at % 2 = 0 as __is_old
-             from (
-                 select {names}, __at, min(__at) over of_key as __low, max(__at) over of_key as __high
-                 from {} where {}
-                 window of_key as (partition by {})
-             )
-             where __at = case when __at % 2 = 0 then __low else __high end",
-            self.temporary("changed", table),
-            table.net(),
-            self.ranges.of_nets(table),
-            table.keys("")
-        ))
+    /// The tables whose rows are reached through those of `name`.
+    fn leads(&self, name: &str) -> Result<Vec<Lead<'_>>> {
+        let mut leads = Vec::new();
+        for (to, path) in &self.entity.paths {
+            if let EntityPath::Through { table, their_column, .. } = path
+                && **table == *name
+            {
+                let column = column_of(self.layout.table(name)?, their_column)?;
+                leads.push(Lead { to, column, values: Values::new() });
+            }
+        }
+        Ok(leads)
     }
 
-    /// Makes `entities` and returns how many there are. Rows that are met on the way stay in `same`.
-    fn entities(&self) -> Result<i64> {
-        let mut parts = Vec::new();
+    /// Entities of all touched rows, as they were and are.
+    fn entities(&self) -> Result<Values> {
+        let mut entities = Values::new();
         for (name, path) in &self.entity.paths {
             let table = self.layout.table(name)?;
             match path {
                 EntityPath::Column(column) => {
-                    let changed = self.temporary("changed", table);
-                    parts.push(format!("select {} as entity from {changed}", quote_name(column)));
-                    if is_key(table, column) {
-                        parts.push(format!("select {} from {}", quote_name(column), self.temporary("same", table)));
-                        self.lay_same(table, "where false")?;
-                    }
+                    let column = column_of(table, column)?;
+                    self.each_net(table, |net| {
+                        for row in [&net.before, &net.after].into_iter().flatten() {
+                            entities.insert(value(table, column, &row.cells)?);
+                        }
+                        Ok(())
+                    })?;
                 }
-                EntityPath::Through { .. } => {}
-            }
-        }
-        for (name, path) in &self.entity.paths {
-            if let EntityPath::Through { table: other, own_column, their_column } = path {
-                let led = self.led(self.layout.table(name)?, own_column)?;
-                let (Some(led), Some(next)) = (led, self.entity.paths.get(other)) else { continue };
-                let other = self.layout.table(other)?;
-                match next {
-                    EntityPath::Column(column) if is_key(other, column) => {
-                        let semi = format!("semi join {led} l on s.{} = l.value", quote_name(their_column));
-                        self.add_same(other, &semi)?;
-                    }
-                    _ => parts.push(self.reached(path, format!("from {led}"))?),
+                EntityPath::Through { own_column, .. } => {
+                    let led = self.led(table, column_of(table, own_column)?)?;
+                    self.reach(path, led, &mut entities)?;
                 }
             }
+            if entities.len() > ENTITIES_MAX {
+                break;
+            }
         }
-        self.session.made(&format!(
-            "create or replace temp table {} as select distinct entity from ({})",
-            self.all_entities(),
-            parts.join(" union all ")
-        ))
+        Ok(entities)
     }
 
-    fn all_entities(&self) -> String {
-        format!("temp.main.entities_{}", self.set)
+    fn each_net(&self, table: &Table, take: impl FnMut(Net) -> Result<()>) -> Result<()> {
+        kept::nets(self.view, table, self.ranges, take)
     }
 
-    /// Join values of the rows in which something changed that a query can mean: a row that leads to many entities should
-    /// not touch them all for a change that none of them shows. `None` if there are none.
-    fn led(&self, table: &Table, own: &str) -> Result<Option<String>> {
-        let mut names = self.names(table, "");
-        if self.queries().any(|sql| uses_lsn(sql, table)) {
-            names = format!("{names}, {}", lsn_parts(""));
+    /// What touched rows hold in `own`, where something changed that a query can mean: a row that leads to many entities
+    /// should not touch them all for a change that none of them shows.
+    fn led(&self, table: &Table, own: usize) -> Result<Values> {
+        let columns = self.columns(table);
+        let by_lsn = self.queries().any(|sql| uses_lsn(sql, table));
+        let mut led = Values::new();
+        self.each_net(table, |net| {
+            if let (Some(before), Some(after)) = (&net.before, &net.after) {
+                let (mut old, mut new) = (Vec::new(), Vec::new());
+                Cells(&before.cells).collect(table.columns.len(), &mut old)?;
+                Cells(&after.cells).collect(table.columns.len(), &mut new)?;
+                let same = columns.iter().all(|&column| old[column] == new[column]);
+                if same && !(by_lsn && before.head.lsn != after.head.lsn) {
+                    return Ok(());
+                }
+            }
+            for row in [&net.before, &net.after].into_iter().flatten() {
+                led.extend(joinable(table, own, &row.cells)?);
+            }
+            Ok(())
+        })?;
+        Ok(led)
+    }
+
+    /// Adds the entities that rows with these join values lead to.
+    fn reach(&self, path: &EntityPath, led: Values, entities: &mut Values) -> Result<()> {
+        let (mut at, mut values) = (Some(path), led);
+        while let Some(EntityPath::Through { table, their_column, .. }) = at {
+            let other = self.layout.table(table)?;
+            at = self.entity.paths.get(table);
+            let (next, is_last) = match at {
+                Some(EntityPath::Column(column)) => (column_of(other, column)?, true),
+                Some(EntityPath::Through { own_column, .. }) => (column_of(other, own_column)?, false),
+                None => break,
+            };
+            let mut found = Values::new();
+            let mut finder = Finder::new(self.view, other)?;
+            finder.find(column_of(other, their_column)?, sorted(&values), |_, row| {
+                let (_, cells) = Head::read(row)?;
+                match is_last {
+                    true => drop(found.insert(value(other, next, cells.0)?)),
+                    false => found.extend(joinable(other, next, cells.0)?),
+                }
+                Ok(())
+            })?;
+            values = found;
         }
-        let led = self.temporary("led", table);
-        // A row that is the same before and after comes twice.
-        let rows = self.session.made(&format!(
-            "create or replace temp table {led} as
-             select distinct value from (
-                 select {} as value from {} group by {names} having count(*) = 1
-             ) where value is not null",
-            quote_name(own),
-            self.temporary("changed", table),
-        ))?;
-        Ok((rows > 0).then_some(led))
+        entities.extend(values);
+        Ok(())
+    }
+
+    /// Lays the touched rows of a table as they were, those alone that `joined` leads to.
+    fn old_rows(&self, table: &Table, joined: Option<(usize, &Values)>, leads: &mut [Lead<'_>]) -> Result<()> {
+        let columns = self.columns(table);
+        let old = self.old(table);
+        self.session.create(&old)?;
+        let mut loader = Loader::new(self.session, old)?;
+        self.each_net(table, |net| {
+            let mut cells = Vec::with_capacity(table.columns.len());
+            let before = match &net.before {
+                Some(row) => {
+                    Cells(&row.cells).collect(table.columns.len(), &mut cells)?;
+                    match joined {
+                        Some((own, values)) => values.contains(&table.value_of(own, &cells)?).then_some(row),
+                        None => Some(row),
+                    }
+                }
+                None => {
+                    let row = net.after.as_ref().map(|row| &*row.cells).unwrap_or_default();
+                    Cells(row).collect(table.columns.len(), &mut cells)?;
+                    None
+                }
+            };
+            if before.is_some() {
+                leads.iter_mut().try_for_each(|lead| lead.note(table, &cells))?;
+            }
+            let lsn = before.map(|row| row.head.lsn);
+            let shown = columns.iter().map(|&column| cells[column]);
+            loader.push(shown.chain([lsn.as_ref().map(|lsn| lsn.as_slice()), Some(&[u8::from(before.is_some())])]))
+        })?;
+        loader.finish()
+    }
+
+    /// Lays the rows that hold one of `values` in `column`, as they stand.
+    fn rows_now(&self, table: &Table, column: usize, values: &Values, leads: &mut [Lead<'_>]) -> Result<()> {
+        let columns = self.columns(table);
+        let now = self.now(table);
+        self.session.create(&now)?;
+        let mut loader = Loader::new(self.session, now)?;
+        Finder::new(self.view, table)?.find(column, sorted(values), |_, row| {
+            let (head, rest) = Head::read(row)?;
+            let mut cells = Vec::with_capacity(table.columns.len());
+            rest.collect(table.columns.len(), &mut cells)?;
+            leads.iter_mut().try_for_each(|lead| lead.note(table, &cells))?;
+            loader.push(columns.iter().map(|&column| cells[column]).chain([Some(head.lsn.as_slice())]))
+        })?;
+        loader.finish()
+    }
+
+    fn now(&self, table: &Table) -> WorkTable {
+        let mut fields: Vec<Field> = self.columns(table).into_iter().map(|index| nullable(table, index)).collect();
+        fields.push(Field::new("__lsn", DataType::Binary, true));
+        self.work_table("now", table, fields)
+    }
+
+    fn old(&self, table: &Table) -> WorkTable {
+        let mut fields: Vec<Field> = self.columns(table).into_iter().map(|index| nullable(table, index)).collect();
+        fields.push(Field::new("__lsn", DataType::Binary, true));
+        fields.push(Field::new("__stood", DataType::Boolean, true));
+        self.work_table("old", table, fields)
+    }
+
+    fn work_table(&self, kind: &str, table: &Table, fields: Vec<Field>) -> WorkTable {
+        let name = format!("{kind}_{}_{}", self.set, table.name);
+        WorkTable { schema: "main".into(), name, columns: Arc::new(Schema::new(fields)) }
+    }
+
+    /// Makes every table seen in both schemas.
+    fn make_views(&self) -> Result<()> {
+        for schema in [schema_before(self.set), schema_after(self.set)] {
+            self.session
+                .run(&format!("drop schema if exists {WORK}.{schema} cascade; create schema {WORK}.{schema}"))?;
+        }
+        for name in self.entity.paths.keys() {
+            let table = self.layout.table(name)?;
+            let (now, old) = (self.now(table), self.old(table));
+            self.session.create(&now)?;
+            self.session.create(&old)?;
+            let names = comma(now.columns.fields().iter().map(|field| quote_name(field.name())));
+            let (now, old, name) = (now.full_name(), old.full_name(), quote_name(name));
+            let same = |&index: &usize| format!("n.{0} = o.{0}", quote_name(table.columns[index].name()));
+            let same = table.key.iter().map(same).collect::<Vec<_>>().join(" and ");
+            self.session.run(&format!(
+                "create view {WORK}.{}.{name} as select {names} from {now};
+                 create view {WORK}.{}.{name} as
+                 select {names} from {now} n anti join {old} o on {same}
+                 union all
+                 select {names} from {old} where __stood",
+                schema_after(self.set),
+                schema_before(self.set)
+            ))?;
+        }
+        Ok(())
     }
 
     /// The queries that this set serves.
@@ -184,118 +297,6 @@ impl Builder<'_> {
             },
             _ => None,
         })
-    }
-
-    /// The entities that rows with these join `values` lead to.
-    fn reached(&self, path: &EntityPath, values: String) -> Result<String> {
-        let (mut at, mut values) = (Some(path), values);
-        while let Some(EntityPath::Through { table, their_column, .. }) = at {
-            at = self.entity.paths.get(table);
-            let next = match at {
-                Some(EntityPath::Column(column)) => column,
-                Some(EntityPath::Through { own_column, .. }) => own_column,
-                None => break,
-            };
-            values = format!(
-                "select s.{} as value from {} s semi join ({values}) v on s.{} = v.value",
-                quote_name(next),
-                self.layout.table(table)?.state(),
-                quote_name(their_column)
-            );
-        }
-        Ok(format!("select value as entity from ({values})"))
-    }
-
-    fn rows_by_entity(&self, table: &Table, column: &str) -> Result<()> {
-        let (entities, name) = (self.all_entities(), quote_name(column));
-        if is_key(table, column) {
-            // Changed rows and those met on the way are at hand: only the other entities' rows are looked for.
-            let known = |kind: &str| {
-                let own = quote_name(column);
-                format!("anti join {} {kind} on e.entity = {kind}.{own}", self.temporary(kind, table))
-            };
-            let sought = format!("select e.entity from {entities} e {} {}", known("changed"), known("same"));
-            self.add_same(table, &format!("semi join ({sought}) e on s.{name} = e.entity"))?;
-        } else {
-            let nulls = self.session.number(&format!("select count(*) from {entities} where entity is null"))?;
-            let same = if nulls == 0 { "=" } else { "is not distinct from" };
-            let semi = format!("semi join {entities} e on s.{name} {same} e.entity");
-            self.lay_same(table, &format!("{semi} {}", self.without_changed(table)))?;
-        }
-        self.show(table, "")
-    }
-
-    /// Rows of `table` that the rows of another join, before or after.
-    fn rows_by_join(&self, table: &Table, joined: &str) -> Result<()> {
-        self.lay_same(table, &format!("{joined} {}", self.without_changed(table)))?;
-        self.show(table, joined)
-    }
-
-    fn joined(&self, other: &str, own: &str, their: &str) -> String {
-        let (own, their, other) = (quote_name(own), quote_name(their), quote_name(other));
-        format!(
-            "semi join (
-                 select {their} as value from {WORK}.{}.{other} union all select {their} from {WORK}.{}.{other}
-             ) j on s.{own} = j.value",
-            schema_before(self.set),
-            schema_after(self.set)
-        )
-    }
-
-    fn without_changed(&self, table: &Table) -> String {
-        format!("anti join {} c on {}", self.temporary("changed", table), table.key_match("s", "c"))
-    }
-
-    fn of_state(&self, table: &Table) -> String {
-        format!("select {}, {} from {} s", self.names(table, "s"), lsn_parts("s"), table.state())
-    }
-
-    fn lay_same(&self, table: &Table, condition: &str) -> Result<()> {
-        self.session.run(&format!(
-            "create or replace temp table {} as {} {condition}",
-            self.temporary("same", table),
-            self.of_state(table)
-        ))
-    }
-
-    /// Adds rows that are not there yet.
-    fn add_same(&self, table: &Table, condition: &str) -> Result<()> {
-        let same = self.temporary("same", table);
-        self.session.run(&format!(
-            "insert into {same} {} {condition} {} anti join {same} k on {}",
-            self.of_state(table),
-            self.without_changed(table),
-            table.key_match("s", "k")
-        ))
-    }
-
-    /// Makes the table seen in both schemas: unchanged rows from state, changed ones as they were and are.
-    fn show(&self, table: &Table, of_changed: &str) -> Result<()> {
-        if !self.is_new {
-            return Ok(());
-        }
-        let (names, parts) = (self.names(table, ""), lsn_parts(""));
-        for (schema, side) in [(schema_before(self.set), "s.__is_old"), (schema_after(self.set), "not s.__is_old")] {
-            self.session.run(&format!(
-                "create view {WORK}.{schema}.{} as
-                 select {names}, {} as __lsn from (
-                     select {names}, {parts} from {}
-                     union all
-                     select {}, {} from {} s {of_changed} where {side}
-                 )",
-                quote_name(&table.name),
-                lsn_bytes(""),
-                self.temporary("same", table),
-                self.names(table, "s"),
-                lsn_parts("s"),
-                self.temporary("changed", table),
-            ))?;
-        }
-        Ok(())
-    }
-
-    fn names(&self, table: &Table, alias: &str) -> String {
-        comma(self.columns(table).into_iter().map(|index| qualified(alias, &table.name_of(index))))
     }
 
     /// Columns that a query or a path can mean, and the key.
@@ -329,8 +330,55 @@ impl Builder<'_> {
     }
 }
 
-fn is_key(table: &Table, column: &str) -> bool {
-    matches!(table.key.as_slice(), [only] if table.columns[*only].name() == column)
+/// Values by which rows of one table lead to those of another.
+struct Lead<'a> {
+    to: &'a str,
+    column: usize,
+    values: Values,
+}
+
+impl Lead<'_> {
+    fn note(&mut self, table: &Table, cells: &[Cell<'_>]) -> Result<()> {
+        if cells[self.column].is_some() {
+            self.values.insert(table.value_of(self.column, cells)?);
+        }
+        Ok(())
+    }
+}
+
+fn column_of(table: &Table, name: &str) -> Result<usize> {
+    table.index_of(name).ok_or_else(|| {
+        Error::new(ErrorKind::Internal, "find", format!("column {name} of {}", table.name), "the table lacks it")
+    })
+}
+
+fn nullable(table: &Table, index: usize) -> Field {
+    table.columns[index].as_ref().clone().with_nullable(true)
+}
+
+fn cell<'r>(column: usize, row: &'r [u8]) -> Result<Cell<'r>> {
+    let mut cells = Cells(row);
+    for _ in 0..column {
+        cells.next()?;
+    }
+    cells.next()
+}
+
+fn value(table: &Table, column: usize, row: &[u8]) -> Result<Key> {
+    Key::of_one(table.type_of(column), cell(column, row)?)
+}
+
+/// As [`value`]; null joins nothing.
+fn joinable(table: &Table, column: usize, row: &[u8]) -> Result<Option<Key>> {
+    let cell = cell(column, row)?;
+    cell.map(|cell| Key::of_one(table.type_of(column), Some(cell))).transpose()
+}
+
+/// Neighbours are looked for one after the other.
+fn sorted(values: &Values) -> Vec<&Key> {
+    let mut sorted: Vec<&Key> = values.iter().collect();
+    sorted.sort_unstable();
+    sorted
 }
 
 /// Whether a set made for `whole` serves those who are maintained by `part`.
@@ -344,17 +392,24 @@ pub(super) struct Sets(Vec<Made>);
 
 struct Made {
     entity: Entity,
-    /// Of what its tables hold, with whether any entity is touched.
-    scope: Option<(Scope, bool)>,
+    /// Of what its tables hold, with what is touched.
+    scope: Option<(Scope, Touched)>,
     has_views: bool,
 }
 
 impl Sets {
-    /// The set of what changed in `scope`, and whether any entity is touched; made if it does not stand.
-    pub fn get(&mut self, session: &Session, layout: &Layout, entity: &Entity, scope: Scope) -> Result<(usize, bool)> {
+    /// The set of what changed in `scope`, made if it does not stand.
+    pub fn get(
+        &mut self,
+        session: &Session,
+        view: &Connection,
+        layout: &Layout,
+        entity: &Entity,
+        scope: Scope,
+    ) -> Result<(usize, Touched)> {
         let stands = |made: &Made| match &made.scope {
-            Some((known, any)) if known.step == scope.step && known.ranges.agree_with(&scope.ranges) => {
-                serves(&made.entity, entity).then_some(*any)
+            Some((known, touched)) if known.step == scope.step && known.ranges.agree_with(&scope.ranges) => {
+                serves(&made.entity, entity).then_some(*touched)
             }
             _ => None,
         };
@@ -370,14 +425,17 @@ impl Sets {
         };
         let made = &mut self.0[set];
         made.scope = None;
-        let is_new = !made.has_views;
-        let any = Builder { session, layout, entity, ranges: &scope.ranges, set, is_new }.build()?;
-        made.has_views |= any;
-        made.scope = Some((scope, any));
-        Ok((set, any))
+        let builder = Builder { session, view, layout, entity, ranges: &scope.ranges, set };
+        if !made.has_views {
+            builder.make_views()?;
+            made.has_views = true;
+        }
+        let touched = builder.build()?;
+        made.scope = Some((scope, touched));
+        Ok((set, touched))
     }
 
-    /// What was made may be gone with a transaction, or be of another layout: all is made anew.
+    /// What was made may be gone, or be of another layout: all is made anew.
     pub fn clear(&mut self) {
         self.0.clear();
     }

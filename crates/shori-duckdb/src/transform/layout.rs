@@ -1,38 +1,35 @@
-//! The tables of a cache file: what marks it as one, how they are made, and how they grow.
-//!
-//! Not permanent: a file with another version is discarded and comes back from the log.
+//! The tables of a state file: how they are made, and how they grow. Not permanent: see [`file`](super::file).
 //!
 //! | table | content |
 //! |---|---|
-//! | `cache_layout` | version, store id |
-//! | `cache_captures` | number of each capture, its table and that table's shape |
+//! | `owner` | id of the store that the state belongs to |
+//! | `captures` | number of each capture, its table and that table's shape |
 //! | `applied` | how far each capture has been applied |
 //! | `steps` | where each capture stood after each step, and whether its changes were kept |
-//! | `settled` | per `sql` projection: its definition and the checkpoint that `result_<projection>` belongs to |
-//! | `state_<table>` | current rows |
-//! | `net_<table>` | per step, rows before (`__at` even: 2 x step) and after it (odd) |
-//! | `delta_<table>` | per step, key and commit, the image that the commit left, and its boundary |
+//! | `results` | per `sql` projection: its definition and the checkpoint that `result_<number>` belongs to |
+//! | `state_<table>` | current rows by key, with the capture and snapshot generation that they belong to |
 //! | `tomb_<table>` | last boundary of each deleted key, so that a later version never overlaps |
-//! | `seen_<table>` | keys that a running snapshot found unchanged |
-//! | `result_<projection>` | what the target holds, where the next output is derived from it |
+//! | `index_<number>` | keys of `state_<table>` by what a column holds, for entities that are reached by it |
+//! | `net_<table>` | per step and key, the row before and after it |
+//! | `version_<table>` | per step, key and commit, the image that the commit left, and its boundary |
+//! | `result_<number>` | what the target holds, where the next output is derived from it |
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use rusqlite::Connection;
 use shori_core::position::CaptureId;
-use shori_core::projection::{Derivation, Projection};
+use shori_core::projection::{Derivation, EntityPath, Maintenance, Projection};
 use shori_core::schema::TableSchema;
 use shori_core::transform::StateTable;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::session::{CACHE, Session, WORK};
-use super::tables::{CaptureNumber, Table, definition, lsn_bytes};
-use crate::database::{Database, quote_name, quote_text};
+use super::file::{self, CREATE_CONTROL, execute, number, rows, run, transaction};
+use super::key::Key;
+use super::rows::blob;
+use super::tables::{CaptureNumber, Head, Index, Table};
 
-const VERSION: i64 = 1;
-
-/// Everything that SQL is made from; replaced as a whole by each opening.
+/// Everything that work is done by; replaced as a whole by each opening.
 #[derive(Clone, Default)]
 pub(super) struct Layout {
     pub store_id: String,
@@ -67,247 +64,202 @@ impl Layout {
     }
 }
 
-/// Attaches the cache file; what is no cache, damaged, or of another layout is moved aside.
-pub(super) fn attach(database: &Database, path: &Path) -> Result<()> {
-    match database.attach(path, CACHE) {
-        Ok(()) => {}
-        Err(error) if matches!(error.kind(), ErrorKind::InUse | ErrorKind::DiskFull) => return Err(error),
-        Err(error) if !path.exists() => return Err(error),
-        Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "the state cache is unreadable and starts afresh");
-            move_aside(path)?;
-            database.attach(path, CACHE)?;
-        }
-    }
-    if !is_ours(database)? {
-        tracing::warn!(path = %path.display(), "the file is no state cache of this version and is moved aside");
-        database.detach(CACHE)?;
-        move_aside(path)?;
-        database.attach(path, CACHE)?;
-    }
-    Ok(())
-}
-
-fn is_ours(database: &Database) -> Result<bool> {
-    let session = Session::open(database)?;
-    let outcome = (|| {
-        let tables =
-            session.number(&format!("select count(*) from duckdb_tables() where database_name = '{CACHE}'"))?;
-        let layout = format!(
-            "select count(*) from duckdb_tables() where database_name = '{CACHE}' and table_name = 'cache_layout'"
-        );
-        if session.number(&layout)? == 0 {
-            return Ok(tables == 0);
-        }
-        Ok(session.number("select max(version) from cache_layout")? == VERSION)
-    })();
-    // A file whose pages cannot be read is as good as none.
-    outcome.or_else(|error: Error| if error.kind() == ErrorKind::DiskFull { Err(error) } else { Ok(false) })
-}
-
-/// Keeps the file beside, so that nothing of somebody else's is lost.
-fn move_aside(path: &Path) -> Result<()> {
-    let suffixed = |path: &Path, suffix: &str| {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        PathBuf::from(name)
-    };
-    let fail = |cause| Error::new(ErrorKind::Corrupt, "move aside", format!("file {}", path.display()), cause);
-    let log = suffixed(path, ".wal");
-    if log.exists() {
-        std::fs::remove_file(&log).map_err(fail)?;
-    }
-    std::fs::rename(path, suffixed(path, ".replaced")).map_err(fail)
-}
-
 /// Makes the file hold what `tables` and `projections` need. A shape that does not fit empties it first.
 pub(super) fn open(
-    session: &Session,
+    connection: &Connection,
     store_id: &str,
     tables: &[StateTable],
     projections: &[Projection],
 ) -> Result<Layout> {
-    if stored_id(session)?.is_some_and(|stored| stored != store_id) {
-        tracing::info!("the state cache belongs to another store and starts afresh");
-        clear(session)?;
+    let owners = rows(connection, "select store_id from owner", &[], |row| row.get::<_, String>(0))?;
+    if owners.first().is_some_and(|stored| stored != store_id) {
+        tracing::info!("the state belongs to another store and starts afresh");
+        clear(connection)?;
     }
-    let layout = match grown(session, store_id, tables, projections) {
+    let layout = match grown(connection, store_id, tables, projections) {
         Err(error) if error.kind() == ErrorKind::Schema => {
-            tracing::info!(%error, "the state cache has another shape and starts afresh");
-            clear(session)?;
-            grown(session, store_id, tables, projections)?
+            tracing::info!(%error, "the state has another shape and starts afresh");
+            clear(connection)?;
+            grown(connection, store_id, tables, projections)?
         }
         outcome => outcome?,
     };
-    drop_stale_results(session, &layout)?;
-    name_tables(session, &layout)?;
+    drop_stale_results(connection, &layout)?;
     Ok(layout)
 }
 
-fn stored_id(session: &Session) -> Result<Option<String>> {
-    session.run(CREATE_CONTROL)?;
-    Ok(session.rows("select store_id from cache_layout", |row| row.get(0))?.pop())
-}
-
-const CREATE_CONTROL: &str = "
-create table if not exists cache_layout (version bigint, store_id varchar);
-create table if not exists cache_captures (number usmallint, source varchar, instance varchar, shape varchar);
-create table if not exists applied (capture usmallint, lsn blob, seq blob, time bigint);
-create table if not exists steps (
-    step bigint, capture usmallint, lsn blob, seq blob, nets_kept boolean, versions_kept boolean, rows bigint
-);
-create table if not exists settled (projection varchar, definition varchar, checkpoint varchar);
-";
-
 /// Drops all tables of the file.
-pub(super) fn clear(session: &Session) -> Result<()> {
-    let names = session.rows(
-        &format!("select table_name from duckdb_tables() where database_name = '{CACHE}' and schema_name = 'main'"),
-        |row| row.get::<_, String>(0),
-    )?;
-    session.transaction(|| {
-        for name in names {
-            session.run(&format!("drop table {CACHE}.main.{}", quote_name(&name)))?;
-        }
-        session.run(CREATE_CONTROL)
-    })
-}
-
-fn grown(session: &Session, store_id: &str, wanted: &[StateTable], projections: &[Projection]) -> Result<Layout> {
-    let (mut tables, mut last) = (stored_tables(session)?, 0);
-    for table in tables.values() {
-        last = table.captures.iter().map(|(number, _)| *number).fold(last, CaptureNumber::max);
-    }
-    session.transaction(|| {
-        session.run(&format!(
-            "delete from cache_layout; insert into cache_layout values ({VERSION}, {})",
-            quote_text(store_id)
-        ))?;
-        for StateTable { capture, schema } in wanted {
-            let table = tables.entry(schema.table.clone()).or_insert_with(|| Table::new(schema));
-            create(session, table)?;
-            for field in table.added_by(schema)? {
-                add_column(session, table, &field)?;
-                table.columns.push(field);
-            }
-            if !table.captures.iter().any(|(_, known)| known == capture) {
-                last += 1;
-                table.captures.push((last, capture.clone()));
-                session.run(&format!(
-                    "insert into cache_captures values ({last}, {}, {}, null);
-                     insert into steps values (0, {last}, ''::blob, ''::blob, true, true, 0)",
-                    quote_text(&capture.source),
-                    quote_text(&capture.instance),
-                ))?;
-            }
-            for (number, _) in &table.captures {
-                session.run(&format!(
-                    "update cache_captures set shape = {} where number = {number}",
-                    quote_text(&table.schema().to_json())
-                ))?;
-            }
-        }
-        Ok(())
+pub(super) fn clear(connection: &Connection) -> Result<()> {
+    let names = rows(connection, "select name from sqlite_master where type = 'table'", &[], |row| {
+        row.get::<_, String>(0)
     })?;
-    for projection in projections {
-        if let Derivation::History(history) = &projection.derivation
-            && let Some(table) = tables.get_mut(&history.table)
-        {
-            table.has_history = true;
+    transaction(connection, || {
+        for name in names {
+            run(connection, &format!("drop table {name}"))?;
         }
-    }
-    Ok(Layout {
-        store_id: store_id.to_string(),
-        tables: tables.into_iter().map(|(name, table)| (name, Arc::new(table))).collect(),
-        projections: projections.iter().map(|projection| (projection.name.clone(), projection.clone())).collect(),
+        run(connection, CREATE_CONTROL)
     })
 }
 
-fn stored_tables(session: &Session) -> Result<BTreeMap<Arc<str>, Table>> {
-    let stored = session.rows("select number, source, instance, shape from cache_captures order by number", |row| {
-        Ok((row.get(0)?, row.get::<_, String>(1)?, row.get::<_, String>(2)?, row.get::<_, String>(3)?))
+fn grown(connection: &Connection, store_id: &str, wanted: &[StateTable], projections: &[Projection]) -> Result<Layout> {
+    transaction(connection, || {
+        let mut tables = stored_tables(connection)?;
+        execute(connection, "delete from owner", &[])?;
+        execute(connection, "insert into owner values (?)", &[&store_id])?;
+        for StateTable { capture, schema } in wanted {
+            let next = tables.values().map(|table| table.number).max().unwrap_or(0) + 1;
+            let table = tables.entry(schema.table.clone()).or_insert_with(|| Table::new(next, schema));
+            create(connection, table)?;
+            table.columns.extend(table.added_by(schema)?);
+            if !table.captures.iter().any(|(_, known)| known == capture) {
+                table.captures.push((add_capture(connection, capture, table.number)?, capture.clone()));
+            }
+            let shape = table.schema().to_json();
+            execute(connection, "update captures set shape = ? where table_number = ?", &[&shape, &table.number])?;
+        }
+        for projection in projections {
+            if let Derivation::History(history) = &projection.derivation
+                && let Some(table) = tables.get_mut(&history.table)
+            {
+                table.has_history = true;
+            }
+        }
+        for table in tables.values_mut() {
+            table.indexes = indexes(connection, table, projections)?;
+        }
+        Ok(Layout {
+            store_id: store_id.to_string(),
+            tables: tables.into_iter().map(|(name, table)| (name, Arc::new(table))).collect(),
+            projections: projections.iter().map(|projection| (projection.name.clone(), projection.clone())).collect(),
+        })
+    })
+}
+
+fn add_capture(connection: &Connection, id: &CaptureId, table: i64) -> Result<CaptureNumber> {
+    let last = number(connection, "select max(number) from captures", &[])?;
+    let number = CaptureNumber::try_from(last + 1)
+        .map_err(|cause| Error::new(ErrorKind::Usage, "keep", format!("capture {id}"), cause))?;
+    let (source, instance) = (&*id.source, &*id.instance);
+    execute(
+        connection,
+        "insert into captures values (?, ?, ?, ?, null)",
+        &[&number, &source, &instance, &table],
+    )?;
+    execute(connection, "insert into steps values (0, ?, x'', x'', true, true, 0)", &[&number])?;
+    Ok(number)
+}
+
+fn stored_tables(connection: &Connection) -> Result<BTreeMap<Arc<str>, Table>> {
+    let sql = "select number, source, instance, table_number, shape from captures order by number";
+    let stored = rows(connection, sql, &[], |row| {
+        let id = CaptureId::new(&row.get::<_, String>(1)?, &row.get::<_, String>(2)?);
+        Ok((row.get::<_, CaptureNumber>(0)?, id, row.get::<_, i64>(3)?, row.get::<_, String>(4)?))
     })?;
     let mut tables = BTreeMap::new();
-    for (number, source, instance, shape) in stored {
+    for (number, id, table_number, shape) in stored {
         let schema = TableSchema::from_json(&shape)?;
-        let table = tables.entry(schema.table.clone()).or_insert_with(|| Table::new(&schema));
-        table.captures.push((number, CaptureId::new(&source, &instance)));
+        let table = tables.entry(schema.table.clone()).or_insert_with(|| Table::new(table_number, &schema));
+        table.captures.push((number, id));
     }
     Ok(tables)
 }
 
-const LSN_DEFINITIONS: &str = "__lsn_a ubigint, __lsn_b ubigint, __lsn_length utinyint";
-
-fn create(session: &Session, table: &Table) -> Result<()> {
-    let (columns, key) = (table.definitions()?, table.key_definitions()?);
-    session.run(&format!(
-        "create table if not exists {} ({columns}, {LSN_DEFINITIONS}, __time bigint, __boundary bigint,
-             __generation uinteger, __capture usmallint);
-         create table if not exists {} ({key}, __boundary bigint);
-         create table if not exists {} ({key}, __generation uinteger, __capture usmallint);",
-        table.state(),
-        table.tomb(),
-        table.seen(),
-    ))?;
-    create_kept(session, table, "create table if not exists")
+fn create(connection: &Connection, table: &Table) -> Result<()> {
+    let (number, by_number) = (table.number, table.has_number_key());
+    let key = if by_number { "k integer primary key" } else { "k primary key" };
+    let tail = if by_number { "" } else { " without rowid" };
+    run(
+        connection,
+        &format!(
+            "create table if not exists state_{number} ({key}, capture integer, generation integer, v blob){tail};
+             create table if not exists tomb_{number} ({key}, boundary integer, lsn blob){tail};
+             create table if not exists net_{number} (
+                 id integer primary key, capture integer, k, before blob, after blob
+             );
+             create table if not exists version_{number} (
+                 id integer primary key, capture integer, k, boundary integer, op integer, existed integer, v blob
+             );"
+        ),
+    )
 }
 
-/// The tables of kept changes; with `create or replace table` they are emptied, and leave no deleted rows behind.
-pub(super) fn create_kept(session: &Session, table: &Table, create: &str) -> Result<()> {
-    let columns = table.definitions()?;
-    session.run(&format!(
-        "{create} {} (__at bigint, __capture usmallint, {columns}, {LSN_DEFINITIONS});
-         {create} {} (__step bigint, __capture usmallint, __op utinyint, __existed boolean, {columns},
-             {LSN_DEFINITIONS}, __time bigint, __boundary bigint);",
-        table.net(),
-        table.delta(),
-    ))
-}
-
-/// Columns of these tables are always named when they are read or written: an added one stands last.
-fn add_column(session: &Session, table: &Table, field: &arrow::datatypes::FieldRef) -> Result<()> {
-    let definition = definition(field)?;
-    for stored in [table.state(), table.net(), table.delta()] {
-        session.run(&format!("alter table {stored} add column {definition}"))?;
+/// Columns of `table` by which projections find its rows.
+fn sought(table: &Table, projections: &[Projection]) -> BTreeSet<usize> {
+    let mut columns = BTreeSet::new();
+    for projection in projections {
+        let Derivation::Sql(sql) = &projection.derivation else { continue };
+        let Maintenance::ByEntity { entity, .. } = &sql.maintenance else { continue };
+        for (name, path) in &entity.paths {
+            match path {
+                EntityPath::Column(column) if *name == table.name => columns.extend(table.index_of(column)),
+                EntityPath::Column(_) => {}
+                EntityPath::Through { table: other, own_column, their_column } => {
+                    if *name == table.name {
+                        columns.extend(table.index_of(own_column));
+                    }
+                    if *other == table.name {
+                        columns.extend(table.index_of(their_column));
+                    }
+                }
+            }
+        }
     }
-    Ok(())
+    columns.retain(|&column| table.key != [column]);
+    columns
+}
+
+/// Makes the indexes that are missing and lets go of those that nobody uses.
+fn indexes(connection: &Connection, table: &Table, projections: &[Projection]) -> Result<Vec<Index>> {
+    let sql = "select number, name from indexes where table_number = ?";
+    let stored = rows(connection, sql, &[&table.number], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))?;
+    let wanted = sought(table, projections);
+    let mut kept = Vec::new();
+    for (number, name) in stored {
+        match table.index_of(&name).filter(|column| wanted.contains(column)) {
+            Some(column) => kept.push(Index { number, column }),
+            None => {
+                execute(connection, "delete from indexes where number = ?", &[&number])?;
+                run(connection, &format!("drop table index_{number}"))?;
+            }
+        }
+    }
+    for column in wanted {
+        if kept.iter().all(|index| index.column != column) {
+            kept.push(make_index(connection, table, column)?);
+        }
+    }
+    Ok(kept)
+}
+
+fn make_index(connection: &Connection, table: &Table, column: usize) -> Result<Index> {
+    let index = Index { number: number(connection, "select max(number) from indexes", &[])? + 1, column };
+    let name = table.columns[column].name();
+    execute(connection, "insert into indexes values (?, ?, ?)", &[&table.number, &name, &index.number])?;
+    run(connection, &format!("create table index_{} (v, k, primary key (v, k)) without rowid", index.number))?;
+    let reading = |cause| file::failure("index", cause);
+    let mut select = connection.prepare(&format!("select k, v from state_{}", table.number)).map_err(reading)?;
+    let insert = format!("insert into index_{} values (?, ?)", index.number);
+    let mut insert = connection.prepare(&insert).map_err(reading)?;
+    let mut rows = select.query([]).map_err(reading)?;
+    while let Some(row) = rows.next().map_err(reading)? {
+        let mut cells = Vec::new();
+        Head::read(blob(row, 1)?)?.1.collect(table.columns.len(), &mut cells)?;
+        let (value, key): (Key, Key) = (table.value_of(column, &cells)?, row.get(0).map_err(reading)?);
+        insert.execute(rusqlite::params![value, key]).map_err(reading)?;
+    }
+    Ok(index)
 }
 
 /// A result belongs to the very query that it was made by.
-fn drop_stale_results(session: &Session, layout: &Layout) -> Result<()> {
-    let stored = session.rows("select projection, definition from settled", |row| {
+fn drop_stale_results(connection: &Connection, layout: &Layout) -> Result<()> {
+    let stored = rows(connection, "select projection, definition from results", &[], |row| {
         Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
     })?;
     for (name, definition) in stored {
         let current = layout.projections.get(name.as_str()).map(|projection| projection.definition());
         if current.as_ref() != Some(&definition) {
-            session.run(&format!(
-                "delete from settled where projection = {}; drop table if exists {}",
-                quote_text(&name),
-                result_table(&name)
-            ))?;
+            transaction(connection, || super::results::forget(connection, &name))?;
         }
-    }
-    Ok(())
-}
-
-pub(super) fn result_table(projection: &str) -> String {
-    format!("{CACHE}.main.{}", quote_name(&format!("result_{projection}")))
-}
-
-/// The schema in which a projection's query sees every table as it stands.
-pub(super) const LIVE: &str = "live";
-
-fn name_tables(session: &Session, layout: &Layout) -> Result<()> {
-    session.run(&format!("create schema if not exists {WORK}.{LIVE}"))?;
-    for table in layout.tables.values() {
-        session.run(&format!(
-            "create or replace view {WORK}.{LIVE}.{} as select {}, {} as __lsn from {}",
-            quote_name(&table.name),
-            table.list(""),
-            lsn_bytes(""),
-            table.state()
-        ))?;
     }
     Ok(())
 }

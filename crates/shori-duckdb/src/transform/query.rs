@@ -8,9 +8,10 @@ use shori_core::projection::{Derivation, EntityPath, Maintenance, Measures, Proj
 use shori_core::schema::is_carried;
 use shori_core::{Error, ErrorKind, Result, projection};
 
-use super::layout::{LIVE, Layout};
-use super::session::{CACHE, Session, WORK};
-use super::tables::{Table, comma};
+use super::layout::Layout;
+use super::mirror::LIVE;
+use super::session::{Session, WORK, comma};
+use super::tables::Table;
 use crate::database::{duckdb_error, one_line, quote_name};
 use crate::types::duckdb_type;
 
@@ -36,6 +37,12 @@ impl Shape {
         comma(self.key.iter().map(|name| format!("{alias}.{}", quote_name(name))))
     }
 
+    /// Where the key's columns stand among all.
+    pub fn key_indexes(&self) -> Vec<usize> {
+        let place = |name: &String| self.fields.iter().position(|field| field.name() == name);
+        self.key.iter().filter_map(place).collect()
+    }
+
     /// Null is a key like any other.
     pub fn key_match(&self, left: &str, right: &str) -> String {
         let same = |name: &String| format!("{left}.{0} is not distinct from {right}.{0}", quote_name(name));
@@ -57,10 +64,10 @@ pub(super) fn run(session: &Session, sql: &SqlProjection, schema: &str, statemen
     let text = statement.replace("{query}", &format!("(\n{}\n) as query", trimmed(&sql.text)));
     let outcome = session.connection.execute_batch(&text).map_err(|cause| query_error(sql, "run", cause));
     match outcome {
-        Ok(()) => session.run(&format!("use {CACHE}")),
+        Ok(()) => session.run(&format!("use {WORK}")),
         Err(error) => {
             // Fails inside of a broken transaction; the next statement that matters runs after its rollback.
-            let _ = session.run(&format!("use {CACHE}"));
+            let _ = session.run(&format!("use {WORK}"));
             Err(error)
         }
     }
@@ -214,7 +221,7 @@ fn bind(session: &Session, sql: &SqlProjection) -> Result<Vec<FieldRef>> {
         Ok(schema.fields().iter().cloned().collect())
     };
     let fields = read().map_err(|cause| query_error(sql, "bind", cause));
-    session.run(&format!("use {CACHE}"))?;
+    session.run(&format!("use {WORK}"))?;
     fields
 }
 

@@ -1,17 +1,19 @@
-//! A connection of the transform, and transactions on it.
+//! A connection of the transform to DuckDB, which runs queries over what it is given.
 
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
 use duckdb::Connection;
 use shori_core::{Error, Result};
 
-use crate::database::{Database, duckdb_error, is_out_of_memory, traced};
-use crate::tail;
+use super::cells::Cell;
+use super::tables::Batch;
+use crate::database::{Database, duckdb_error, is_out_of_memory, quote_name, traced};
+use crate::types::duckdb_type;
 
-/// The attached cache file.
-pub(super) const CACHE: &str = "cache";
-/// A catalog in memory for what need not survive: outputs being read, rows of touched entities, names for queries.
+/// A catalog in memory: tables that queries read, outputs being read, names for queries. Nothing in it need survive.
 pub(super) const WORK: &str = "cache_work";
 
-const OBJECT: &str = "the state cache";
+const OBJECT: &str = "the working tables";
 
 pub(super) struct Session {
     pub connection: Connection,
@@ -20,7 +22,7 @@ pub(super) struct Session {
 
 impl Session {
     pub fn open(database: &Database) -> Result<Self> {
-        Ok(Self { connection: database.connect(CACHE)?, database: database.clone() })
+        Ok(Self { connection: database.connect(WORK)?, database: database.clone() })
     }
 
     pub fn run(&self, sql: &str) -> Result<()> {
@@ -35,12 +37,8 @@ impl Session {
 
     /// The single number that a query gives; null is 0.
     pub fn number(&self, sql: &str) -> Result<i64> {
-        Ok(self.optional_number(sql)?.unwrap_or(0))
-    }
-
-    pub fn optional_number(&self, sql: &str) -> Result<Option<i64>> {
         let read = || self.connection.query_row(sql, [], |row| row.get::<_, Option<i64>>(0));
-        traced(sql, read).map_err(|cause| failure("read", cause))
+        traced(sql, read).map(|number| number.unwrap_or(0)).map_err(|cause| failure("read", cause))
     }
 
     /// All rows of a query, each made by `make`.
@@ -57,6 +55,37 @@ impl Session {
         traced(sql, read).map_err(|cause| failure("read", cause))
     }
 
+    /// The batches of a query's answer, one after the other.
+    pub fn batches(&self, sql: &str, mut take: impl FnMut(RecordBatch) -> Result<()>) -> Result<()> {
+        let reading = |cause| failure("read", cause);
+        traced(sql, || {
+            let mut statement = self.connection.prepare(sql).map_err(reading)?;
+            let batches = statement.stream_arrow([]).map_err(reading)?;
+            batches.into_iter().try_for_each(&mut take)
+        })
+    }
+
+    /// Makes an empty table, in the place of what has its name.
+    pub fn create(&self, table: &WorkTable) -> Result<()> {
+        let definition =
+            |field: &arrow::datatypes::FieldRef| Ok(format!("{} {}", quote_name(field.name()), duckdb_type(field.data_type())?));
+        let definitions: Result<Vec<String>> = table.columns.fields().iter().map(definition).collect();
+        self.run(&format!("create or replace table {} ({})", table.full_name(), definitions?.join(", ")))
+    }
+
+    pub fn load(&self, table: &WorkTable, rows: RecordBatch) -> Result<()> {
+        let load = || {
+            let mut appender = self.connection.appender_to_catalog_and_db(&table.name, WORK, &table.schema)?;
+            appender.append_record_batch(rows)?;
+            appender.flush()
+        };
+        traced("append", load).map_err(|cause| {
+            let error = failure("load rows into", cause);
+            self.relieve_after(&error);
+            error
+        })
+    }
+
     /// Makes room if memory ran out. Only outside of a transaction.
     pub fn relieve_after(&self, error: &Error) {
         if is_out_of_memory(error) {
@@ -64,59 +93,66 @@ impl Session {
         }
     }
 
-    /// Ends the transaction without effect. Work may have failed while names meant those of a query: they mean the cache's
-    /// again.
-    pub fn roll_back(&self) -> Result<()> {
-        self.database.roll_back(&self.connection).map_err(|cause| failure("roll back", cause))?;
-        self.run(&format!("use {CACHE}"))
-    }
-
-    /// Where the end of a table of the cache begins, if it is a large one.
-    pub fn tail_of(&self, table: &str) -> Result<Option<i64>> {
-        tail::start_of(&self.connection, CACHE, table).map_err(|cause| failure("read", cause))
-    }
-
-    /// Tells from how many vectors of tables of the cache committed work has deleted rows. Only outside of a transaction.
-    pub fn deleted_from_vectors(&self, deleted: impl IntoIterator<Item = (String, i64)>) {
-        for (table, vectors) in deleted {
-            self.database.deleted(CACHE, &table, vectors.max(0) as u64);
-        }
-        self.database.checkpoint_if_due(&self.connection, CACHE);
-    }
-
-    /// Runs `work` in a transaction: all of it, or nothing.
-    pub fn transaction<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.run("begin transaction")?;
-        match work() {
-            Ok(value) => {
-                self.run("commit")?;
-                Ok(value)
-            }
-            Err(error) => {
-                if let Err(cause) = self.roll_back() {
-                    tracing::debug!(%cause, "a rollback failed");
-                }
-                self.relieve_after(&error);
-                Err(error)
-            }
-        }
+    /// Work may have failed while names meant those of a query: they mean the work catalog's again.
+    pub fn recover(&self, error: &Error) -> Result<()> {
+        self.relieve_after(error);
+        self.run(&format!("use {WORK}"))
     }
 }
 
-/// An error about the cache as a whole.
+/// A table of the work catalog that rows are loaded into.
+#[derive(Clone)]
+pub(super) struct WorkTable {
+    pub schema: String,
+    pub name: String,
+    pub columns: SchemaRef,
+}
+
+impl WorkTable {
+    pub fn full_name(&self) -> String {
+        format!("{WORK}.{}.{}", quote_name(&self.schema), quote_name(&self.name))
+    }
+}
+
+/// Rows that are loaded at a time.
+const LOAD_ROWS: usize = 16_384;
+
+/// Loads rows into a table, some thousand at a time.
+pub(super) struct Loader<'s> {
+    session: &'s Session,
+    table: WorkTable,
+    batch: Batch,
+}
+
+impl<'s> Loader<'s> {
+    pub fn new(session: &'s Session, table: WorkTable) -> Result<Self> {
+        let batch = Batch::new(table.columns.clone())?;
+        Ok(Self { session, table, batch })
+    }
+
+    /// Adds a row of as many cells as the table has columns.
+    pub fn push<'a>(&mut self, cells: impl IntoIterator<Item = Cell<'a>>) -> Result<()> {
+        self.batch.push(cells)?;
+        if self.batch.rows() == LOAD_ROWS { self.load() } else { Ok(()) }
+    }
+
+    fn load(&mut self) -> Result<()> {
+        match self.batch.rows() {
+            0 => Ok(()),
+            _ => self.session.load(&self.table, self.batch.take()?),
+        }
+    }
+
+    pub fn finish(mut self) -> Result<()> {
+        self.load()
+    }
+}
+
+pub(super) fn comma(parts: impl IntoIterator<Item = String>) -> String {
+    parts.into_iter().collect::<Vec<_>>().join(", ")
+}
+
+/// An error about the working tables as a whole.
 pub(super) fn failure(operation: &str, cause: duckdb::Error) -> Error {
     duckdb_error(operation, OBJECT, cause)
-}
-
-/// `x'..'` as DuckDB spells it.
-pub(super) fn blob(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(bytes.len() * 4 + 8);
-    text.push('\'');
-    for byte in bytes {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "\\x{byte:02X}");
-    }
-    text.push_str("'::blob");
-    text
 }

@@ -3,18 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use rusqlite::Connection;
 use shori_core::Result;
 use shori_core::position::{CaptureId, Position, Positions};
 use shori_core::projection::{Derivation, Projection};
 use shori_core::transform::Applied;
 
-use super::layout::{Layout, create_kept};
-use super::session::{Session, blob};
-use super::staging::Leg;
+use super::advance::{Leg, STEP_SHIFT, TableStep};
+use super::file::{execute, number, rows};
+use super::layout::Layout;
 use super::tables::{CaptureNumber, Table};
 
-pub(super) fn applied(session: &Session, layout: &Layout) -> Result<BTreeMap<CaptureId, Applied>> {
-    let stored = session.rows("select capture, lsn, seq, time from applied", |row| {
+pub(super) fn applied(connection: &Connection, layout: &Layout) -> Result<BTreeMap<CaptureId, Applied>> {
+    let stored = rows(connection, "select capture, lsn, seq, time from applied", &[], |row| {
         Ok((row.get::<_, CaptureNumber>(0)?, row.get::<_, Vec<u8>>(1)?, row.get::<_, Vec<u8>>(2)?, row.get(3)?))
     })?;
     let mut applied = BTreeMap::new();
@@ -28,20 +29,31 @@ pub(super) fn applied(session: &Session, layout: &Layout) -> Result<BTreeMap<Cap
     Ok(applied)
 }
 
-pub(super) fn last(session: &Session) -> Result<i64> {
-    session.number("select max(step) from steps")
+pub(super) fn last(connection: &Connection) -> Result<i64> {
+    number(connection, "select max(step) from steps", &[])
 }
 
-/// Records that `leg` ended with `step`, its changes kept or not.
-pub(super) fn record(session: &Session, step: i64, leg: &Leg, nets: bool, versions: bool, rows: i64) -> Result<()> {
-    let Leg { number, to, .. } = leg;
-    let position = format!("{}, {}", blob(to.position.lsn.as_slice()), blob(to.position.seq.as_slice()));
-    session.run(&format!(
-        "delete from applied where capture = {number};
-         insert into applied values ({number}, {position}, {});
-         insert into steps values ({step}, {number}, {position}, {nets}, {versions}, {rows})",
-        to.time
-    ))
+/// Records that `leg` ended with `step`, in which so many changes of its table were kept.
+pub(super) fn record(
+    connection: &Connection,
+    step: i64,
+    leg: &Leg,
+    done: Option<&TableStep>,
+    changes: i64,
+) -> Result<()> {
+    let position = &leg.to.position;
+    let (lsn, seq, capture) = (position.lsn.as_slice(), position.seq.as_slice(), leg.number);
+    // Where a table was not touched, nothing is missing of what it did.
+    let (nets, versions) = done.map_or((true, true), |done| (done.nets, done.table.has_history));
+    let values: [&dyn rusqlite::ToSql; 4] = [&capture, &lsn, &seq, &leg.to.time];
+    execute(connection, "insert or replace into applied values (?, ?, ?, ?)", &values)?;
+    let values: [&dyn rusqlite::ToSql; 7] = [&step, &capture, &lsn, &seq, &nets, &versions, &changes];
+    execute(connection, "insert into steps values (?, ?, ?, ?, ?, ?, ?)", &values).map(|_| ())
+}
+
+/// Changes kept.
+pub(super) fn kept(connection: &Connection) -> Result<i64> {
+    number(connection, "select sum(changes) from steps", &[])
 }
 
 /// The steps above a checkpoint, per capture.
@@ -54,24 +66,23 @@ impl Ranges {
         other.0.iter().all(|(number, step)| self.0.get(number) == Some(step))
     }
 
-    /// A condition on rows of `net_<table>`.
-    pub fn of_nets(&self, table: &Table) -> String {
-        self.condition(table, |step| format!("__at > {}", 2 * step + 1))
+    /// Everything that `captures` changed after `step`.
+    pub fn all_since(captures: &[CaptureNumber], step: i64) -> Self {
+        Self(captures.iter().map(|capture| (*capture, step)).collect())
     }
 
-    /// A condition on rows of `delta_<table>`.
-    pub fn of_versions(&self, table: &Table) -> String {
-        self.condition(table, |step| format!("__step > {step}"))
+    fn of(&self, capture: CaptureNumber) -> i64 {
+        self.0.get(&capture).copied().unwrap_or_default()
     }
 
-    fn condition(&self, table: &Table, above: impl Fn(i64) -> String) -> String {
-        let step = |number: &CaptureNumber| self.0.get(number).copied().unwrap_or_default();
-        if let [(number, _)] = table.captures.as_slice() {
-            return above(step(number));
-        }
-        let one =
-            |(number, _): &(CaptureNumber, CaptureId)| format!("(__capture = {number} and {})", above(step(number)));
-        format!("({})", table.captures.iter().map(one).collect::<Vec<_>>().join(" or "))
+    /// The lowest of the steps that the captures of a table are seen from.
+    pub fn lowest(&self, table: &Table) -> i64 {
+        table.captures.iter().map(|(number, _)| self.of(*number)).min().unwrap_or_default()
+    }
+
+    /// Whether what a capture changed in `step` is above the checkpoint.
+    pub fn hold(&self, capture: CaptureNumber, step: i64) -> bool {
+        step > self.of(capture)
     }
 }
 
@@ -95,7 +106,7 @@ pub(super) enum Standing {
 
 /// Compares `since` (nothing consumed: `None`) with how far the captures of `tables` are applied.
 pub(super) fn standing(
-    session: &Session,
+    connection: &Connection,
     tables: &[Arc<Table>],
     applied: &BTreeMap<CaptureId, Applied>,
     since: Option<&Positions>,
@@ -115,7 +126,7 @@ pub(super) fn standing(
         Need::Nets => "nets_kept",
         Need::Versions => "versions_kept",
     };
-    let steps = session.rows(&format!("select capture, step, lsn, seq, {column} from steps"), |row| {
+    let steps = rows(connection, &format!("select capture, step, lsn, seq, {column} from steps"), &[], |row| {
         Ok((
             row.get::<_, CaptureNumber>(0)?,
             row.get::<_, i64>(1)?,
@@ -143,7 +154,7 @@ pub(super) fn standing(
 /// that is not in `started` will need all there is, and a table that some projection reads, but no checkpoint names, is
 /// left alone.
 pub(super) fn forget(
-    session: &Session,
+    connection: &Connection,
     layout: &Layout,
     checkpoints: &[Positions],
     started: &BTreeSet<Arc<str>>,
@@ -160,44 +171,38 @@ pub(super) fn forget(
         if readers.any(waits) {
             continue;
         }
-        let mut left = 0;
-        let mut conditions = (Vec::new(), Vec::new());
         for (number, id) in &table.captures {
             let lowest = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(id)).min();
             let step = match lowest {
-                Some(position) => {
-                    let (lsn, seq) = (blob(position.lsn.as_slice()), blob(position.seq.as_slice()));
-                    session.number(&format!(
-                        "select max(step) from steps
-                         where capture = {number} and (lsn < {lsn} or (lsn = {lsn} and seq <= {seq}))"
-                    ))?
-                }
-                None if is_read => session.number(&format!("select min(step) from steps where capture = {number}"))?,
-                None => session.number(&format!("select max(step) from steps where capture = {number}"))?,
+                Some(position) => consumed(connection, *number, position)?,
+                None if is_read => self::number(connection, "select min(step) from steps where capture = ?", &[number])?,
+                None => self::number(connection, "select max(step) from steps where capture = ?", &[number])?,
             };
-            session.run(&format!(
-                "delete from steps where capture = {number} and step < {step};
-                 update steps set rows = 0 where capture = {number} and step = {step} and rows > 0"
-            ))?;
-            left += session.number(&format!("select sum(rows)::bigint from steps where capture = {number}"))?;
-            conditions.0.push(format!("(__capture = {number} and __at <= {})", 2 * step + 1));
-            conditions.1.push(format!("(__capture = {number} and __step <= {step})"));
-        }
-        if left > 0 {
-            session.run(&format!(
-                "delete from {} where {}; delete from {} where {}",
-                table.net(),
-                conditions.0.join(" or "),
-                table.delta(),
-                conditions.1.join(" or ")
-            ))?;
-        } else if has_rows(session, &table.net())? || has_rows(session, &table.delta())? {
-            create_kept(session, table, "create or replace table")?;
+            forget_up_to(connection, table, *number, step)?;
         }
     }
     Ok(())
 }
 
-fn has_rows(session: &Session, table: &str) -> Result<bool> {
-    Ok(session.number(&format!("select count(*) from (select 1 from {table} limit 1)"))? > 0)
+fn consumed(connection: &Connection, capture: CaptureNumber, position: &Position) -> Result<i64> {
+    let (lsn, seq) = (position.lsn.as_slice(), position.seq.as_slice());
+    let sql = "select max(step) from steps where capture = ?1 and (lsn < ?2 or (lsn = ?2 and seq <= ?3))";
+    number(connection, sql, &[&capture, &lsn, &seq])
+}
+
+fn forget_up_to(connection: &Connection, table: &Table, capture: CaptureNumber, step: i64) -> Result<()> {
+    execute(connection, "delete from steps where capture = ? and step < ?", &[&capture, &step])?;
+    execute(connection, "update steps set changes = 0 where capture = ? and step = ?", &[&capture, &step])?;
+    let last = number(connection, "select max(step) from steps where capture = ?", &[&capture])?;
+    let is_all = step >= last && table.captures.len() == 1;
+    let end = (step + 1) << STEP_SHIFT;
+    for kind in ["net", "version"] {
+        let name = format!("{kind}_{}", table.number);
+        match is_all {
+            // Without a condition, SQLite lets go of whole pages.
+            true => execute(connection, &format!("delete from {name}"), &[])?,
+            false => execute(connection, &format!("delete from {name} where id < ? and capture = ?"), &[&end, &capture])?,
+        };
+    }
+    Ok(())
 }

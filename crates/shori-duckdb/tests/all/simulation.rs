@@ -63,7 +63,7 @@ impl DuckdbParts {
             Settings { memory_limit_mib: 256, threads: 1, spill_directory: self.path("spill"), inline: true };
         let database = Database::open(&settings)?;
         let store = DuckdbStore::open(&database, &self.path("serving.duckdb"), "serving")?;
-        let transform = DuckdbTransform::open(&database, &self.path("cache.duckdb"))?;
+        let transform = DuckdbTransform::open(&database, &self.path("state.sqlite"))?;
         Ok(Opened { store: Arc::new(store), transform: Arc::new(transform) })
     }
 
@@ -92,7 +92,7 @@ impl Parts for DuckdbParts {
         *self.now.lock().unwrap() = None;
         let before = self.before.lock().unwrap();
         assert!(before.0.upgrade().is_none() && before.1.upgrade().is_none(), "something of the process still lives");
-        let (cache, older) = (self.path("cache.duckdb"), self.path("cache.older"));
+        let (cache, older) = (self.path("state.sqlite"), self.path("state.older"));
         let left = std::fs::read(&cache).unwrap();
         match fate {
             CacheFate::Kept => {}
@@ -100,7 +100,7 @@ impl Parts for DuckdbParts {
             CacheFate::Older if older.exists() => drop(std::fs::copy(&older, &cache).unwrap()),
             CacheFate::Older => {}
         }
-        if !self.path("cache.duckdb.wal").exists() {
+        if !self.path("state.sqlite-wal").exists() {
             std::fs::write(&older, left).unwrap();
         }
     }

@@ -39,7 +39,7 @@ async fn the_transform_keeps_its_contract() {
 }
 
 fn cache(directory: &Path) -> std::path::PathBuf {
-    directory.join("cache.duckdb")
+    directory.join("state.sqlite")
 }
 
 #[tokio::test]
@@ -47,14 +47,14 @@ async fn a_file_that_is_no_cache_is_moved_aside() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(cache(directory.path()), b"not a database at all").unwrap();
     transform(directory.path()).open("store", &[], &[]).await.unwrap();
-    let kept = std::fs::read(directory.path().join("cache.duckdb.replaced")).unwrap();
+    let kept = std::fs::read(directory.path().join("state.sqlite.replaced")).unwrap();
     assert_eq!(kept, b"not a database at all");
     std::fs::remove_file(cache(directory.path())).unwrap();
     let foreign = duckdb::Connection::open(cache(directory.path())).unwrap();
     foreign.execute_batch("create table mine (a integer); insert into mine values (1)").unwrap();
     drop(foreign);
     transform(directory.path()).open("store", &[], &[]).await.unwrap();
-    let kept = duckdb::Connection::open(directory.path().join("cache.duckdb.replaced")).unwrap();
+    let kept = duckdb::Connection::open(directory.path().join("state.sqlite.replaced")).unwrap();
     assert_eq!(kept.query_row("select a from mine", [], |row| row.get::<_, i32>(0)).unwrap(), 1);
 }
 
@@ -62,12 +62,12 @@ async fn a_file_that_is_no_cache_is_moved_aside() {
 async fn a_cache_of_an_older_layout_starts_afresh() {
     let directory = tempfile::tempdir().unwrap();
     transform(directory.path()).open("store", &[], &[]).await.unwrap();
-    let file = duckdb::Connection::open(cache(directory.path())).unwrap();
-    file.execute_batch("update cache_layout set version = 0").unwrap();
+    let file = rusqlite::Connection::open(cache(directory.path())).unwrap();
+    file.execute_batch("pragma user_version = 0").unwrap();
     drop(file);
     let again: DuckdbTransform = transform(directory.path());
     again.open("store", &[], &[]).await.unwrap();
-    assert!(directory.path().join("cache.duckdb.replaced").exists());
+    assert!(directory.path().join("state.sqlite.replaced").exists());
     assert!(again.applied().await.unwrap().is_empty());
 }
 

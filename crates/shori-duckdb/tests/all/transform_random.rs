@@ -74,7 +74,7 @@ pub fn projections_in_sql() -> Vec<Projection> {
 pub fn transform(directory: &Path) -> DuckdbTransform {
     let settings =
         Settings { memory_limit_mib: 256, threads: 2, spill_directory: directory.join("spill"), inline: true };
-    DuckdbTransform::open(&Database::open(&settings).unwrap(), &directory.join("cache.duckdb")).unwrap()
+    DuckdbTransform::open(&Database::open(&settings).unwrap(), &directory.join("state.sqlite")).unwrap()
 }
 
 struct World {
@@ -181,7 +181,7 @@ async fn disturb(world: &World, rng: &mut ChaCha8Rng) {
         store.reset_projection(&projection.name).await.unwrap();
     }
     if rng.random_range(0..12) == 0 {
-        std::fs::write(world.directory.path().join("cache.duckdb"), b"no database").unwrap();
+        std::fs::write(world.directory.path().join("state.sqlite"), b"no database").unwrap();
     }
     for (id, state) in &captures {
         if rng.random_range(0..8) > 0 {

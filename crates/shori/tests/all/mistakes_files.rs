@@ -142,9 +142,9 @@ fn a_damaged_serving_file_is_told_and_a_damaged_cache_is_made_anew() {
         assert_eq!(std::fs::read(world.path("serving.duckdb")).unwrap(), content, "it is left as it is");
     }
     std::fs::write(world.path("serving.duckdb"), &serving).unwrap();
-    let cache = std::fs::read(world.path(".shori/cache.duckdb")).unwrap();
+    let cache = std::fs::read(world.path(".shori/state.sqlite")).unwrap();
     for (number, content) in [&cache[..cache.len() / 3], &serving[..], b"words", b""].into_iter().enumerate() {
-        std::fs::write(world.path(".shori/cache.duckdb"), content).unwrap();
+        std::fs::write(world.path(".shori/state.sqlite"), content).unwrap();
         world.write(&format!(
             "insert into things values ({}, 'more', '1'); update things set amount = '{number}' where id = 1;",
             number + 10
