@@ -8,7 +8,8 @@
 //! its commit, but at least one microsecond above the key's boundary before.
 //!
 //! What was written in the midst of a commit comes out as several parts of one version, and of one net change: whoever
-//! reads them puts them together (see [`kept`](super::kept)).
+//! reads them puts them together (see [`kept`](super::kept)). Where the commit found such keys is noted, so that it goes
+//! on as if all had been held.
 
 use std::collections::{HashMap, hash_map};
 use std::sync::Arc;
@@ -76,7 +77,9 @@ struct Pending {
     existed: bool,
     /// The key's boundary before it.
     boundary: Option<Micros>,
-    /// Its last image; none since its first part was written.
+    /// Part of it was written.
+    goes_on: bool,
+    /// Its last image; none since a part was written.
     last: Option<(Op, Micros, Box<[u8]>)>,
 }
 
@@ -92,8 +95,6 @@ pub(super) struct Entry {
     pub boundary: Option<Micros>,
     /// The file has a tomb of the key.
     pub has_tomb: bool,
-    /// What deleted the row, where it was met.
-    pub deleted_by: Lsn,
     pending: Option<Pending>,
 }
 
@@ -108,7 +109,7 @@ pub(super) struct TableStep {
     held: HashMap<Key, Entry>,
     held_bytes: usize,
     /// The commit in whose midst rows were written.
-    written_in: Option<Lsn>,
+    written_in: Option<(CaptureNumber, Lsn)>,
     /// The row that an update has just taken from its old key, and its commit.
     moved: Option<(CaptureNumber, Lsn, Option<Row>)>,
 }
@@ -136,6 +137,10 @@ impl TableStep {
         let mut cells = Vec::new();
         for row in 0..images.len() {
             let (lsn, op, time) = (images.lsn(row)?, images.op(row)?, images.time(row));
+            if self.written_in.is_some_and(|commit| commit != (leg.number, lsn)) {
+                self.written_in = None;
+                writer.end_commit()?;
+            }
             if op == Op::Truncate {
                 self.delete_all(&mut writer, leg, None, (lsn, time))?;
                 continue;
@@ -146,7 +151,9 @@ impl TableStep {
             if is_partial {
                 let stands = self.entry(&mut writer, leg, &key, lsn)?.now.as_ref();
                 let before = match &moved {
-                    Some((capture, commit, row)) if op == Op::UpdateAfter && (*capture, *commit) == (leg.number, lsn) => {
+                    Some((capture, commit, row))
+                        if op == Op::UpdateAfter && (*capture, *commit) == (leg.number, lsn) =>
+                    {
                         row.as_ref()
                     }
                     _ => stands,
@@ -158,8 +165,7 @@ impl TableStep {
                 self.moved = Some((leg.number, lsn, taken));
             }
             if self.held_bytes > HELD_MAX_BYTES {
-                self.write_held(&mut writer)?;
-                self.written_in = Some(lsn);
+                self.write_held(&mut writer, Some((leg.number, lsn)))?;
             }
         }
         Ok(())
@@ -175,7 +181,8 @@ impl TableStep {
                 self.delete_all(&mut writer, leg, Some(leg.generation), at)?;
             }
         }
-        self.write_held(&mut writer)
+        self.write_held(&mut writer, None)?;
+        writer.end_commit()
     }
 
     fn key_of(&self, cells: &[u8]) -> Result<Key> {
@@ -191,15 +198,11 @@ impl TableStep {
             hash_map::Entry::Vacant(slot) => slot,
         };
         let mut entry = writer.read(key)?;
-        let stands_since = entry.now.as_ref().map_or(entry.deleted_by, |row| row.head.lsn);
-        if self.table.has_history && self.written_in == Some(lsn) && stands_since == lsn {
-            // The commit goes on: what was written of it is the first part of its version.
-            entry.pending = Some(Pending {
-                lsn,
-                last: None,
-                existed: entry.now.is_some(),
-                boundary: entry.boundary.map(|boundary| boundary - 1),
-            });
+        if self.table.has_history
+            && self.written_in == Some((leg.number, lsn))
+            && let Some((existed, boundary)) = writer.noted(key)?
+        {
+            entry.pending = Some(Pending { lsn, existed, boundary, goes_on: true, last: None });
         }
         self.held_bytes += ENTRY_BYTES + key.heap_bytes() + 2 * entry.now.as_ref().map_or(0, |row| row.cells.len());
         entry.capture = leg.number;
@@ -229,13 +232,10 @@ impl TableStep {
                 version = entry.close();
             }
             let (existed, boundary) = (entry.now.is_some(), entry.boundary);
-            let pending = entry.pending.get_or_insert(Pending { lsn, last: None, existed, boundary });
+            let pending = entry.pending.get_or_insert(Pending { lsn, existed, boundary, goes_on: false, last: None });
             pending.last = Some((op, time, cells.into()));
         }
         let next = op.leaves_row().then(|| Row { head: Head { lsn, time, boundary: None }, cells: cells.into() });
-        if next.is_none() && entry.now.is_some() {
-            entry.deleted_by = lsn;
-        }
         let before = std::mem::replace(&mut entry.now, next);
         if let Some(version) = version {
             self.keep_version(writer, &key, &version)?;
@@ -252,7 +252,8 @@ impl TableStep {
         below: Option<u32>,
         (lsn, time): (Lsn, Micros),
     ) -> Result<()> {
-        self.write_held(writer)?;
+        let commit = Some((leg.number, lsn));
+        self.write_held(writer, commit)?;
         self.moved = None;
         let mut after = None;
         let mut cells = Vec::new();
@@ -264,7 +265,7 @@ impl TableStep {
                 self.only_key(&row, &mut cells)?;
                 self.image(writer, leg, key, (lsn, Op::Delete, time), &cells)?;
             }
-            self.write_held(writer)?;
+            self.write_held(writer, commit)?;
         }
     }
 
@@ -294,11 +295,18 @@ impl TableStep {
         writer.keep_version(self.take_id(), key, version)
     }
 
-    /// Writes what is held, in the order of keys.
-    fn write_held(&mut self, writer: &mut Writer<'_>) -> Result<()> {
+    /// Writes what is held, in the order of keys; what `commit` has touched, which may go on, is noted.
+    fn write_held(&mut self, writer: &mut Writer<'_>, commit: Option<(CaptureNumber, Lsn)>) -> Result<()> {
+        self.written_in = commit;
         let mut held: Vec<(Key, Entry)> = self.held.drain().collect();
         held.sort_unstable_by(|(left, _), (right, _)| left.cmp(right));
         for (key, entry) in &mut held {
+            if let Some((number, lsn)) = commit
+                && entry.capture == number
+                && let Some(pending) = entry.pending.as_ref().filter(|pending| pending.lsn == lsn)
+            {
+                writer.note(key, pending.existed, pending.boundary)?;
+            }
             if let Some(version) = entry.close() {
                 self.keep_version(writer, key, &version)?;
             }
@@ -345,7 +353,6 @@ impl Entry {
             changed: false,
             boundary: None,
             has_tomb: false,
-            deleted_by: Lsn::EMPTY,
             pending: None,
         }
     }
@@ -354,11 +361,12 @@ impl Entry {
     fn close(&mut self) -> Option<Version> {
         let pending = self.pending.take()?;
         let (op, time, cells) = pending.last?;
-        if !(pending.existed || op.leaves_row()) {
+        let is_version = pending.existed || op.leaves_row();
+        let boundary = time.max(pending.boundary.map_or(time, |before| before + 1));
+        self.boundary = if is_version { Some(boundary) } else { pending.boundary };
+        if !is_version && !pending.goes_on {
             return None;
         }
-        let boundary = time.max(pending.boundary.map_or(time, |before| before + 1));
-        self.boundary = Some(boundary);
         let head = Head { lsn: pending.lsn, time, boundary: Some(boundary) };
         if let Some(row) = &mut self.now {
             row.head.boundary = Some(boundary);

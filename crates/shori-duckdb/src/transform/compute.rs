@@ -36,12 +36,7 @@ pub(super) enum Outcome {
     UpToDate,
     Behind,
     NeedsReplay,
-    Output {
-        positions: Positions,
-        as_of_time: Micros,
-        reader: Box<dyn OutputReader>,
-        change: Change,
-    },
+    Output { positions: Positions, as_of_time: Micros, reader: Box<dyn OutputReader>, change: Change },
 }
 
 /// Rows of an output, and keys that lose theirs.

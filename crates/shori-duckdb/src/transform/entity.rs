@@ -76,7 +76,9 @@ impl Builder<'_> {
             let table = self.layout.table(name)?;
             let (column, values) = match path {
                 EntityPath::Column(column) => (column, None),
-                EntityPath::Through { own_column, .. } => (own_column, Some(joined.remove(&**name).unwrap_or_default())),
+                EntityPath::Through { own_column, .. } => {
+                    (own_column, Some(joined.remove(&**name).unwrap_or_default()))
+                }
             };
             let column = column_of(table, column)?;
             let mut leads = self.leads(name)?;

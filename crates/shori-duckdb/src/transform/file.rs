@@ -127,6 +127,7 @@ fn connect_to_write(path: &Path) -> Result<Connection> {
         connection.pragma_update(None, "synchronous", "normal")?;
         connection.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
         connection.execute_batch(CREATE_CONTROL)?;
+        connection.execute_batch(CREATE_OPEN_COMMIT)?;
         Ok(true)
     };
     match mark().map_err(|cause: rusqlite::Error| failure("open", cause))? {
@@ -153,6 +154,11 @@ create table if not exists indexes (table_number integer, name text, number inte
 create table if not exists results (
     number integer primary key, projection text unique, definition text, checkpoint text
 );
+";
+
+/// Keys that a commit has touched whose parts were written in its midst: how it found them.
+const CREATE_OPEN_COMMIT: &str = "
+create temp table open_commit (k primary key, existed integer, boundary integer) without rowid;
 ";
 
 fn suffixed(path: &Path, suffix: &str) -> PathBuf {

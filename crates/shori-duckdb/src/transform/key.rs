@@ -32,11 +32,7 @@ impl Key {
     }
 
     /// Of the columns at `indexes`.
-    pub fn of<'a>(
-        indexes: &[usize],
-        type_of: impl Fn(usize) -> &'a DataType,
-        cells: &[Cell<'_>],
-    ) -> Result<Self> {
+    pub fn of<'a>(indexes: &[usize], type_of: impl Fn(usize) -> &'a DataType, cells: &[Cell<'_>]) -> Result<Self> {
         if let [only] = indexes {
             return Self::of_one(type_of(*only), cells[*only]);
         }

@@ -90,9 +90,8 @@ pub(super) fn open(
 
 /// Drops all tables of the file.
 pub(super) fn clear(connection: &Connection) -> Result<()> {
-    let names = rows(connection, "select name from sqlite_master where type = 'table'", &[], |row| {
-        row.get::<_, String>(0)
-    })?;
+    let names =
+        rows(connection, "select name from sqlite_master where type = 'table'", &[], |row| row.get::<_, String>(0))?;
     transaction(connection, || {
         for name in names {
             run(connection, &format!("drop table {name}"))?;
@@ -140,11 +139,7 @@ fn add_capture(connection: &Connection, id: &CaptureId, table: i64) -> Result<Ca
     let number = CaptureNumber::try_from(last + 1)
         .map_err(|cause| Error::new(ErrorKind::Usage, "keep", format!("capture {id}"), cause))?;
     let (source, instance) = (&*id.source, &*id.instance);
-    execute(
-        connection,
-        "insert into captures values (?, ?, ?, ?, null)",
-        &[&number, &source, &instance, &table],
-    )?;
+    execute(connection, "insert into captures values (?, ?, ?, ?, null)", &[&number, &source, &instance, &table])?;
     execute(connection, "insert into steps values (0, ?, x'', x'', true, true, 0)", &[&number])?;
     Ok(number)
 }
@@ -172,7 +167,7 @@ fn create(connection: &Connection, table: &Table) -> Result<()> {
         connection,
         &format!(
             "create table if not exists state_{number} ({key}, capture integer, generation integer, v blob){tail};
-             create table if not exists tomb_{number} ({key}, boundary integer, lsn blob){tail};
+             create table if not exists tomb_{number} ({key}, boundary integer){tail};
              create table if not exists net_{number} (
                  id integer primary key, capture integer, k, before blob, after blob
              );

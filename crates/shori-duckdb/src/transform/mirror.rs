@@ -60,7 +60,6 @@ impl Mirrors {
         }
         Ok(())
     }
-
 }
 
 fn mirror(table: &Table) -> WorkTable {

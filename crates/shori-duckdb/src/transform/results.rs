@@ -179,10 +179,9 @@ impl Settling<'_> {
             &[&name, &definition, &encoded],
         )?;
         match table_of(self.writer, name)? {
-            Some(table) => run(
-                self.writer,
-                &format!("create table if not exists {table} (k primary key, v blob) without rowid"),
-            ),
+            Some(table) => {
+                run(self.writer, &format!("create table if not exists {table} (k primary key, v blob) without rowid"))
+            }
             None => Ok(()),
         }
     }

@@ -1,7 +1,7 @@
 //! Rows of a table in the state file: written by a step, found by key or by what a column holds.
 
-use rusqlite::{CachedStatement, Connection, params};
-use shori_core::position::SortKey;
+use rusqlite::{CachedStatement, Connection, OptionalExtension, params};
+use shori_core::position::Micros;
 use shori_core::{Error, Result};
 
 use super::advance::{Entry, Row, Version};
@@ -24,8 +24,11 @@ pub(super) struct Writer<'c> {
     buffer: Vec<u8>,
 }
 
+/// What is kept of keys for their versions' sake.
 struct Tombs<'c> {
     get: CachedStatement<'c>,
+    note: CachedStatement<'c>,
+    noted: CachedStatement<'c>,
     put: CachedStatement<'c>,
     delete: CachedStatement<'c>,
     /// None stands yet: nothing has to be looked for.
@@ -64,8 +67,10 @@ impl<'c> Writer<'c> {
         let tombs = match table.has_history {
             false => None,
             true => Some(Tombs {
-                get: statement(format!("select boundary, lsn from tomb_{number} where k = ?"))?,
-                put: statement(format!("insert or replace into tomb_{number} values (?, ?, ?)"))?,
+                note: statement("insert or replace into temp.open_commit values (?, ?, ?)".into())?,
+                noted: statement("select existed, boundary from temp.open_commit where k = ?".into())?,
+                get: statement(format!("select boundary from tomb_{number} where k = ?"))?,
+                put: statement(format!("insert or replace into tomb_{number} values (?, ?)"))?,
                 delete: statement(format!("delete from tomb_{number} where k = ?"))?,
                 is_empty: !statement(format!("select 1 from tomb_{number} limit 1"))?.exists([]).map_err(updating)?,
             }),
@@ -101,7 +106,6 @@ impl<'c> Writer<'c> {
             let mut rows = tombs.get.query([key]).map_err(updating)?;
             if let Some(row) = rows.next().map_err(updating)? {
                 entry.boundary = Some(row.get(0).map_err(updating)?);
-                entry.deleted_by = SortKey::from_slice(blob(row, 1)?)?;
                 entry.has_tomb = true;
             }
         }
@@ -110,8 +114,29 @@ impl<'c> Writer<'c> {
 
     pub fn keep_version(&mut self, id: i64, key: &Key, version: &Version) -> Result<()> {
         version.row.write(&mut self.buffer);
-        let values = params![id, version.capture, key, version.boundary, version.op as u8, version.existed, self.buffer];
+        let values =
+            params![id, version.capture, key, version.boundary, version.op as u8, version.existed, self.buffer];
         self.version.execute(values).map(|_| ()).map_err(updating)
+    }
+
+    /// Notes how the commit that touches a key found it: what was written of it is not all.
+    pub fn note(&mut self, key: &Key, existed: bool, boundary: Option<Micros>) -> Result<()> {
+        match &mut self.tombs {
+            Some(tombs) => tombs.note.execute(params![key, existed, boundary]).map(|_| ()).map_err(updating),
+            None => Ok(()),
+        }
+    }
+
+    /// How the commit that goes on found the key.
+    pub fn noted(&mut self, key: &Key) -> Result<Option<(bool, Option<Micros>)>> {
+        let Some(tombs) = &mut self.tombs else { return Ok(None) };
+        let found = tombs.noted.query_row([key], |row| Ok((row.get(0)?, row.get(1)?)));
+        found.optional().map_err(updating)
+    }
+
+    /// What was noted is of a commit that goes on no more.
+    pub fn end_commit(&mut self) -> Result<()> {
+        super::file::run(self.connection, "delete from temp.open_commit")
     }
 
     pub fn keep_net(&mut self, id: i64, key: &Key, entry: &Entry) -> Result<()> {
@@ -150,7 +175,7 @@ impl<'c> Writer<'c> {
         let Some(tombs) = &mut self.tombs else { return Ok(()) };
         match (&entry.now, entry.boundary) {
             (None, Some(boundary)) => {
-                tombs.put.execute(params![key, boundary, entry.deleted_by.as_slice()]).map_err(updating)?;
+                tombs.put.execute(params![key, boundary]).map_err(updating)?;
                 tombs.is_empty = false;
             }
             (Some(_), _) if entry.has_tomb => drop(tombs.delete.execute([key]).map_err(updating)?),
@@ -292,7 +317,11 @@ fn each(
 }
 
 /// Gives `take` all rows of `table` in key order.
-pub(super) fn scan(connection: &Connection, table: &Table, mut take: impl FnMut(Head, Cells<'_>) -> Result<()>) -> Result<()> {
+pub(super) fn scan(
+    connection: &Connection,
+    table: &Table,
+    mut take: impl FnMut(Head, Cells<'_>) -> Result<()>,
+) -> Result<()> {
     let reading = |cause| failure("read", cause);
     let mut statement = prepared(connection, &format!("select v from state_{} order by k", table.number))?;
     let mut rows = statement.query([]).map_err(reading)?;

@@ -67,8 +67,9 @@ impl Session {
 
     /// Makes an empty table, in the place of what has its name.
     pub fn create(&self, table: &WorkTable) -> Result<()> {
-        let definition =
-            |field: &arrow::datatypes::FieldRef| Ok(format!("{} {}", quote_name(field.name()), duckdb_type(field.data_type())?));
+        let definition = |field: &arrow::datatypes::FieldRef| {
+            Ok(format!("{} {}", quote_name(field.name()), duckdb_type(field.data_type())?))
+        };
         let definitions: Result<Vec<String>> = table.columns.fields().iter().map(definition).collect();
         self.run(&format!("create or replace table {} ({})", table.full_name(), definitions?.join(", ")))
     }

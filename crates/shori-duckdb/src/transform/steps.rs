@@ -175,7 +175,9 @@ pub(super) fn forget(
             let lowest = checkpoints.iter().filter_map(|checkpoint| checkpoint.get(id)).min();
             let step = match lowest {
                 Some(position) => consumed(connection, *number, position)?,
-                None if is_read => self::number(connection, "select min(step) from steps where capture = ?", &[number])?,
+                None if is_read => {
+                    self::number(connection, "select min(step) from steps where capture = ?", &[number])?
+                }
                 None => self::number(connection, "select max(step) from steps where capture = ?", &[number])?,
             };
             forget_up_to(connection, table, *number, step)?;
@@ -201,7 +203,9 @@ fn forget_up_to(connection: &Connection, table: &Table, capture: CaptureNumber, 
         match is_all {
             // Without a condition, SQLite lets go of whole pages.
             true => execute(connection, &format!("delete from {name}"), &[])?,
-            false => execute(connection, &format!("delete from {name} where id < ? and capture = ?"), &[&end, &capture])?,
+            false => {
+                execute(connection, &format!("delete from {name} where id < ? and capture = ?"), &[&end, &capture])?
+            }
         };
     }
     Ok(())
