@@ -268,7 +268,7 @@ impl Computer {
     fn compute(
         &mut self,
         database: &Database,
-        file: &StateFile,
+        (file, connection): (&StateFile, &Connection),
         layout: &Arc<Layout>,
         name: &str,
         since: Option<&Positions>,
@@ -277,16 +277,16 @@ impl Computer {
         self.drop_pending(name)?;
         let shape = self.shape(layout, projection)?;
         self.outputs += 1;
-        let place = Place(self.outputs);
-        let computation = Computation { database, session: &self.session, layout, projection, since, place: &place };
-        let outcome = computation.run(file.view()?, shape.as_deref(), &mut self.working);
+        let (session, place) = (&self.session, &Place(self.outputs));
+        let computation = Computation { database, session, connection, file, layout, projection, since, place };
+        let outcome = computation.run(shape.as_deref(), &mut self.working);
         match outcome.and_then(|outcome| self.release(layout).map(|()| outcome)) {
             Ok(Outcome::UpToDate) => Ok(Computed::UpToDate),
             Ok(Outcome::Behind) => Ok(Computed::Behind),
             Ok(Outcome::NeedsReplay) => Ok(Computed::NeedsReplay),
             Ok(Outcome::Output { positions, as_of_time, reader, change }) => {
                 if shape.is_some() {
-                    let pending = Pending { place, positions: positions.clone(), change };
+                    let pending = Pending { place: place.clone(), positions: positions.clone(), change };
                     self.pending.insert(projection.name.clone(), pending);
                 }
                 Ok(Computed::Output { positions, as_of_time, reader })
@@ -352,12 +352,13 @@ impl Transform for DuckdbTransform {
     async fn compute(&self, projection: &str, since: Option<&Positions>) -> Result<Computed> {
         let (name, since) = (projection.to_string(), since.cloned());
         let (database, file) = (self.database.clone(), self.file.clone());
-        self.compute_with(move |computer, shared| {
+        let mut computer = self.computer.clone().lock_owned().await;
+        self.write(move |writer, shared| {
             let layout = shared.layout();
             if since.is_some() {
                 locked(&shared.started).insert(name.as_str().into());
             }
-            computer.compute(&database, &file, &layout, &name, since.as_ref())
+            computer.compute(&database, (&file, writer), &layout, &name, since.as_ref())
         })
         .await
     }

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use rusqlite::Connection;
 use shori_core::position::{CaptureId, Micros, Positions};
 use shori_core::projection::{Derivation, Maintenance, Measures, Projection, SqlProjection};
 use shori_core::store::{OutputKind, OutputReader};
@@ -15,7 +16,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
-use super::file::View;
+use super::file::{self, StateFile};
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
@@ -72,6 +73,9 @@ type Give<'g> = &'g mut dyn FnMut(shori_core::store::OutputRows) -> Result<()>;
 pub(super) struct Computation<'a> {
     pub database: &'a Database,
     pub session: &'a Session,
+    /// What writes the state file; held, so that nothing moves. It knows the pages that were written last.
+    pub connection: &'a Connection,
+    pub file: &'a StateFile,
     pub layout: &'a Arc<Layout>,
     pub projection: &'a Projection,
     pub since: Option<&'a Positions>,
@@ -79,13 +83,21 @@ pub(super) struct Computation<'a> {
 }
 
 impl Computation<'_> {
-    /// All of it sees the one state of `view`. `shape` is for `sql` projections.
-    pub fn run(&self, view: View, shape: Option<&Shape>, working: &mut Working) -> Result<Outcome> {
+    /// `shape` is for `sql` projections.
+    pub fn run(&self, shape: Option<&Shape>, working: &mut Working) -> Result<Outcome> {
+        // One transaction, so that the file is not locked anew for each statement.
+        file::run(self.connection, "begin")?;
+        let outcome = self.outcome(shape, working);
+        file::roll_back(self.connection);
+        outcome
+    }
+
+    fn outcome(&self, shape: Option<&Shape>, working: &mut Working) -> Result<Outcome> {
         let tables = self.layout.tables_of(self.projection)?;
-        let applied = steps::applied(&view, self.layout)?;
+        let applied = steps::applied(self.connection, self.layout)?;
         let need =
             if matches!(self.projection.derivation, Derivation::History(_)) { Need::Versions } else { Need::Nets };
-        let ranges = match steps::standing(&view, &tables, &applied, self.since, need)? {
+        let ranges = match steps::standing(self.connection, &tables, &applied, self.since, need)? {
             Standing::Level => return Ok(Outcome::UpToDate),
             Standing::Behind => return Ok(Outcome::Behind),
             Standing::Covered(ranges) => Some(ranges),
@@ -99,18 +111,21 @@ impl Computation<'_> {
             (Derivation::History(of), Some(ranges), Some(table)) => {
                 let (of, is_whole) = (of.clone(), self.since.is_none());
                 let kind = if is_whole { OutputKind::ReplaceVersions } else { OutputKind::Versions };
+                let view = self.file.view()?;
                 let read = move |give: Give<'_>| direct::history(&view, &table, &of, &ranges, is_whole, give);
                 stream(self.database, kind, read)?
             }
             (Derivation::Latest { .. }, Some(ranges), Some(table)) if self.since.is_some() => {
+                let view = self.file.view()?;
                 stream(self.database, OutputKind::Merge, move |give| direct::latest(&view, &table, &ranges, give))?
             }
             (Derivation::Latest { .. }, _, Some(table)) => {
+                let view = self.file.view()?;
                 stream(self.database, OutputKind::Replace, move |give| direct::whole_table(&view, &table, give))?
             }
             (Derivation::Sql(sql), ranges, _) => {
                 let Some(shape) = shape else { return Ok(Outcome::UpToDate) };
-                let laid = self.query(&view, sql, shape, ranges.filter(|_| self.since.is_some()), working)?;
+                let laid = self.query(sql, shape, ranges.filter(|_| self.since.is_some()), working)?;
                 change = match laid.kind {
                     OutputKind::Replace => Change::Whole,
                     _ if laid.parts.is_empty() => Change::Nothing,
@@ -142,26 +157,25 @@ impl Computation<'_> {
 
     fn query(
         &self,
-        view: &View,
         sql: &SqlProjection,
         shape: &Shape,
         ranges: Option<Ranges>,
         working: &mut Working,
     ) -> Result<Laid> {
-        let settled = results::settled(view, &self.projection.name)?;
+        let settled = results::settled(self.connection, &self.projection.name)?;
         let stands = settled.is_some() && (settled.as_ref() == self.since || !results::keeps_result(sql));
-        let (Some(ranges), true) = (ranges, stands) else { return self.whole(view, sql, shape, working) };
+        let (Some(ranges), true) = (ranges, stands) else { return self.whole(sql, shape, working) };
         let counts = match &sql.maintenance {
             Maintenance::Recompute => {
-                working.mirrors.fill(self.session, view, self.layout, sql)?;
-                self.recomputed(view, sql, shape)?
+                working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
+                self.recomputed(sql, shape)?
             }
             Maintenance::ByEntity { entity, measures } => {
-                let scope = Scope { ranges, step: steps::last(view)? };
-                let (set, touched) = working.sets.get(self.session, view, self.layout, entity, scope)?;
+                let scope = Scope { ranges, step: steps::last(self.connection)? };
+                let (set, touched) = working.sets.get(self.session, self.connection, self.layout, entity, scope)?;
                 match touched {
                     Touched::Nothing => return Ok(Laid { kind: OutputKind::Merge, parts: Vec::new() }),
-                    Touched::TooMany => return self.whole(view, sql, shape, working),
+                    Touched::TooMany => return self.whole(sql, shape, working),
                     Touched::Some => {}
                 }
                 for (table, schema) in [("__before", schema_before(set)), ("__after", schema_after(set))] {
@@ -171,10 +185,10 @@ impl Computation<'_> {
                 match measures {
                     Measures::PerEntity => self.compared(shape, "__before", "__after")?,
                     Measures::Additive { .. } if shape.has_others => {
-                        working.mirrors.fill(self.session, view, self.layout, sql)?;
-                        self.touched(view, sql, shape)?
+                        working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
+                        self.touched(sql, shape)?
                     }
-                    Measures::Additive { .. } => self.added(view, shape)?,
+                    Measures::Additive { .. } => self.added(shape)?,
                 }
             }
         };
@@ -182,8 +196,8 @@ impl Computation<'_> {
     }
 
     /// Runs the query in full.
-    fn whole(&self, view: &View, sql: &SqlProjection, shape: &Shape, working: &mut Working) -> Result<Laid> {
-        working.mirrors.fill(self.session, view, self.layout, sql)?;
+    fn whole(&self, sql: &SqlProjection, shape: &Shape, working: &mut Working) -> Result<Laid> {
+        working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
         let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
         query::run(self.session, sql, LIVE, &create)?;
         let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
@@ -235,16 +249,16 @@ impl Computation<'_> {
         Ok((rows, gone))
     }
 
-    fn recomputed(&self, view: &View, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
+    fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         query::run(self.session, sql, LIVE, "create or replace temp table __after as select * from {query}")?;
-        let stood = results::load_all(self.session, view, &self.projection.name, shape)?;
+        let stood = results::load_all(self.session, self.connection, &self.projection.name, shape)?;
         let counts = self.compared(shape, &stood.full_name(), "__after")?;
         self.session.run(&format!("drop table temp.main.__after; drop table {}", stood.full_name()))?;
         Ok(counts)
     }
 
     /// Adds the difference between after and before to what stands.
-    fn added(&self, view: &View, shape: &Shape) -> Result<Counts> {
+    fn added(&self, shape: &Shape) -> Result<Counts> {
         let keys = shape.keys("x");
         let mut sums = Vec::new();
         let mut moved = Vec::new();
@@ -267,7 +281,7 @@ impl Computation<'_> {
             sums.join(", "),
             moved.join(" or ")
         ))?;
-        let stood = results::load(self.session, view, &self.projection.name, shape, "temp.main.__moved")?;
+        let stood = results::load(self.session, self.connection, &self.projection.name, shape, "temp.main.__moved")?;
         let mut columns = Vec::new();
         for field in &shape.fields {
             let column = quote_name(field.name());
@@ -285,6 +299,7 @@ impl Computation<'_> {
             stood.full_name(),
             shape.key_match("d", "r")
         ))?;
+        // Its keys are unique: they are those of groups.
         let rows =
             self.lay(&self.place.rows(), &format!("select {} from __sums s where s.{weight} > 0", shape.list("s")))?;
         let gone = self.lay(
@@ -295,7 +310,7 @@ impl Computation<'_> {
     }
 
     /// Recomputes the keys of touched entities in full, where some column does not add up.
-    fn touched(&self, view: &View, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
+    fn touched(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
         self.session.run(&format!(
             "create or replace temp table __moved as
              select {} from __before b union select {} from __after a",
@@ -313,7 +328,7 @@ impl Computation<'_> {
             )
             .replace('\n', " "),
         )?;
-        let stood = results::load(self.session, view, &self.projection.name, shape, "temp.main.__moved")?;
+        let stood = results::load(self.session, self.connection, &self.projection.name, shape, "temp.main.__moved")?;
         self.compared(shape, &stood.full_name(), "__whole")
     }
 }
