@@ -33,27 +33,28 @@ impl Folder {
     /// Where calls run on the caller's thread, so do folds.
     pub fn start(sessions: &Arc<Sessions>) -> Self {
         let ending = Arc::new(AtomicBool::new(false));
-        let none = Self { waiting: None, thread: None, ending: ending.clone() };
-        if sessions.database.is_inline() {
-            return none;
-        }
         let (waiting, targets) = sync_channel(WAITING_MAX);
-        let (sessions, ends) = (sessions.clone(), ending.clone());
-        match thread::Builder::new().name("fold".into()).spawn(move || fold_all(&sessions, &targets, &ends)) {
-            Ok(thread) => Self { waiting: Some(waiting), thread: Some(thread), ending },
-            Err(error) => {
-                tracing::warn!(%error, "large targets are folded between commits");
-                none
-            }
-        }
+        let thread = if sessions.database.is_inline() {
+            None
+        } else {
+            let (sessions, ends) = (sessions.clone(), ending.clone());
+            let begin = move || fold_all(&sessions, &targets, &ends);
+            let begun = thread::Builder::new().name("fold".into()).spawn(begin);
+            begun.inspect_err(|error| tracing::warn!(%error, "large targets are folded between commits")).ok()
+        };
+        Self { waiting: thread.is_some().then_some(waiting), thread, ending }
     }
 
+    /// Without a thread that folds, who asks does.
     pub fn ask(&self, sessions: &Arc<Sessions>, target: &Target) {
-        let Some(waiting) = &self.waiting else { return attempt(sessions, target) };
-        if let Err(TrySendError::Full(target) | TrySendError::Disconnected(target)) = waiting.try_send(target.clone()) {
-            // The next commit asks again.
-            let known = sessions.database.known_targets();
-            known.change(&sessions.catalog, &target.projection, |known| known.asked = false);
+        match self.waiting.as_ref().map(|waiting| waiting.try_send(target.clone())) {
+            Some(Ok(())) => {}
+            Some(Err(TrySendError::Full(_))) => {
+                // The next commit asks again.
+                let known = sessions.database.known_targets();
+                known.change(&sessions.catalog, &target.projection, |known| known.asked = false);
+            }
+            None | Some(Err(TrySendError::Disconnected(_))) => attempt(sessions, target),
         }
     }
 }

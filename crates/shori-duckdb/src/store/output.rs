@@ -225,7 +225,10 @@ fn begin_once(session: Session, step: &Step) -> Result<Tried> {
     let reform = match standing.active {
         Some(_) if !is_incremental => Some(Reform::Flatten),
         Some(_) if known.frozen && known.rows > OVERLAY_ROWS_MAX => Some(Reform::Fold),
-        None if is_incremental && known.rows >= LARGE_FROM_ROWS && !known.stays_plain => Some(Reform::Layer),
+        // Until then, large outputs come, most of them of new rows.
+        None if is_incremental && step.complete && known.rows >= LARGE_FROM_ROWS && !known.stays_plain => {
+            Some(Reform::Layer)
+        }
         _ => None,
     };
     if let Some(reform) = reform {
