@@ -50,6 +50,12 @@ select as_of_time
 from ctl_projection_metadata
 where projection_name = ?";
 
+/// All captures move to one position, which is the rule within a timeline.
+const UPDATE_ALL_CHECKPOINTS: &str = "
+update ctl_projection_checkpoints
+set last_consumed_lsn = ?, last_seq = ?, updated_at = ?
+where projection_name = ?";
+
 /// `$1` is the time, `$2` the projection; then come the values of each capture that moves, and the end.
 const UPDATE_CHECKPOINTS: &str = "
 update ctl_projection_checkpoints as standing
@@ -396,6 +402,11 @@ pub(super) fn put_checkpoint(
     stored: Option<&Positions>,
     next: &Positions,
 ) -> Result<()> {
+    if let Some(position) = stored.and_then(|stored| one_position(stored, next)) {
+        let [lsn, seq] = position_values(&position);
+        let values = [lsn, seq, time(now()), text(projection)];
+        return session.execute(UPDATE_ALL_CHECKPOINTS, &values, CHECKPOINTS).map(|_| ());
+    }
     let is_standing = |id: &CaptureId| stored.is_some_and(|stored| stored.contains_key(id));
     let values = |id: &CaptureId, position: &Position| {
         let [lsn, seq] = position_values(position);
@@ -423,6 +434,12 @@ pub(super) fn put_checkpoint(
         session.execute(DELETE_CHECKPOINT, &values, CHECKPOINTS)?;
     }
     Ok(())
+}
+
+/// Where all captures are in `next`, if that is one position and the captures are those that stand already.
+fn one_position(stored: &Positions, next: &Positions) -> Option<Position> {
+    let first = *next.values().next()?;
+    (stored.keys().eq(next.keys()) && next.values().all(|position| *position == first)).then_some(first)
 }
 
 pub(super) fn record_error(session: &Session, projection: &str, message: &str) -> Result<()> {
