@@ -7,23 +7,33 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use shori_core::failpoint;
+
 use crate::database::locked;
 
 /// How long a fold that failed is left alone.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
 /// Tests have small tables: where they run, these bounds lie within their sizes.
-const fn or_tested(bound: u64, tested: u64) -> u64 {
-    if cfg!(debug_assertions) { tested } else { bound }
+fn or_tested(bound: u64, tested: u64) -> u64 {
+    if cfg!(debug_assertions) || failpoint::is_armed() { tested } else { bound }
 }
 
 /// A target of so many rows is layered: in a smaller one, looking for keys takes milliseconds.
-pub(crate) const LARGE_FROM_ROWS: u64 = or_tested(1_000_000, 4);
+pub(crate) fn large_from_rows() -> u64 {
+    or_tested(1_000_000, 4)
+}
+
 /// Rows of the active overlay from which on the two overlays change places: what every commit searches, and what every
 /// reader joins.
-pub(crate) const OVERLAY_ROWS: u64 = or_tested(250_000, 6);
+pub(crate) fn overlay_rows() -> u64 {
+    or_tested(250_000, 6)
+}
+
 /// Rows of it that a commit adds none to before the other overlay is folded.
-pub(crate) const OVERLAY_ROWS_MAX: u64 = 4 * OVERLAY_ROWS;
+pub(crate) fn overlay_rows_max() -> u64 {
+    4 * overlay_rows()
+}
 
 /// What is known of a target.
 #[derive(Clone, Copy, Default, Debug)]

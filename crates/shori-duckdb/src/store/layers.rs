@@ -16,7 +16,7 @@ use super::layout::{self, GONE, Side, base_table, changes_table, ends_table};
 use super::session::{Session, text};
 use super::{fold, target};
 use crate::database::{quote_name, quote_text};
-use crate::known_targets::{Known, LARGE_FROM_ROWS};
+use crate::known_targets::{Known, large_from_rows};
 
 const SELECT_ACTIVE: &str = "
 select active_layer
@@ -85,7 +85,7 @@ fn layer(session: &Session, target: &Target) -> Result<()> {
         }
         Err(error) => {
             tracing::warn!(%error, projection = name, "a large target stays one table, so that its commits are slow");
-            Known { rows: LARGE_FROM_ROWS, stays_plain: true, ..Known::default() }
+            Known { rows: large_from_rows(), stays_plain: true, ..Known::default() }
         }
     };
     session.known_targets().put(session.catalog(), name, known);

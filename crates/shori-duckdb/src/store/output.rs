@@ -21,7 +21,7 @@ use super::layout::{GONE, Side};
 use super::session::{Session, Sessions, blob, now, text, time};
 use super::{layout, target};
 use crate::database::quote_name;
-use crate::known_targets::{Known, LARGE_FROM_ROWS, OVERLAY_ROWS, OVERLAY_ROWS_MAX};
+use crate::known_targets::{Known, large_from_rows, overlay_rows, overlay_rows_max};
 
 /// Rows that are gathered before they are loaded.
 const LOAD_ROWS: usize = 65_536;
@@ -224,9 +224,9 @@ fn begin_once(session: Session, step: &Step) -> Result<Tried> {
     let is_incremental = matches!(step.kind, OutputKind::Merge | OutputKind::Versions);
     let reform = match standing.active {
         Some(_) if !is_incremental => Some(Reform::Flatten),
-        Some(_) if known.frozen && known.rows > OVERLAY_ROWS_MAX => Some(Reform::Fold),
+        Some(_) if known.frozen && known.rows > overlay_rows_max() => Some(Reform::Fold),
         // Until then, large outputs come, most of them of new rows.
-        None if is_incremental && step.complete && known.rows >= LARGE_FROM_ROWS && !known.stays_plain => {
+        None if is_incremental && step.complete && known.rows >= large_from_rows() && !known.stays_plain => {
             Some(Reform::Layer)
         }
         _ => None,
@@ -256,7 +256,7 @@ fn known(session: &Session, target: &Target, active: Option<Side>) -> Result<Kno
     let known = known_targets.get(session.catalog(), name);
     let looked = match (known, active) {
         (Some(known), Some(_)) => return Ok(known),
-        (Some(known), None) if known.stays_plain || (1..LARGE_FROM_ROWS).contains(&known.rows) => return Ok(known),
+        (Some(known), None) if known.stays_plain || (1..large_from_rows()).contains(&known.rows) => return Ok(known),
         (None, Some(side)) => layers::look(session, target, side)?,
         // Rows were counted as they came: those that took the place of others are not more.
         (_, None) => Known { rows: session.table_rows(name)?, ..Known::default() },
@@ -362,7 +362,7 @@ impl OpenOutput {
         let table = &step.target.projection;
         target::put_checkpoint(session, table, self.stored.as_ref(), &step.checkpoint)?;
         let swapped = match self.form {
-            Form::Layered(side) if self.known.rows + written.grown >= OVERLAY_ROWS && !self.is_frozen() => {
+            Form::Layered(side) if self.known.rows + written.grown >= overlay_rows() && !self.is_frozen() => {
                 layers::swap(session, &step.target, side)?
             }
             _ => false,
