@@ -30,6 +30,8 @@ pub const COMPACT_BETWEEN: &str = "compact.between_captures";
 pub const STORE_INSIDE_APPEND: &str = "store.inside_append";
 /// Rows of an output are written, its checkpoint is not, nothing is committed.
 pub const STORE_INSIDE_OUTPUT: &str = "store.inside_output";
+/// Part of what waits beside a large target is folded into it, nothing is committed.
+pub const STORE_INSIDE_FOLD: &str = "store.inside_fold";
 /// State's rows are written, its position is not, nothing is committed.
 pub const TRANSFORM_INSIDE_ADVANCE: &str = "transform.inside_advance";
 /// Part of a settled result is written, nothing is committed.
@@ -50,6 +52,7 @@ pub const ALL: &[&str] = &[
     COMPACT_BETWEEN,
     STORE_INSIDE_APPEND,
     STORE_INSIDE_OUTPUT,
+    STORE_INSIDE_FOLD,
     TRANSFORM_INSIDE_ADVANCE,
     TRANSFORM_INSIDE_SETTLE,
 ];
@@ -59,6 +62,11 @@ static HOOK: OnceLock<fn(&'static str)> = OnceLock::new();
 /// Sets what happens at every place, once in a process; later calls change nothing.
 pub fn set_hook(hook: fn(&'static str)) {
     HOOK.get_or_init(|| hook);
+}
+
+/// Whether anything happens at a place: the process is one of a test, with as little data as tests have.
+pub fn is_armed() -> bool {
+    HOOK.get().is_some()
 }
 
 /// Marks a place.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arrow::array::{
     ArrayRef, BinaryArray, BooleanArray, Decimal128Array, Int64Array, RecordBatch, StringArray,
@@ -100,6 +100,17 @@ async fn commit(
     kind: OutputKind,
     parts: Vec<OutputRows>,
 ) -> Result<u64, Failure> {
+    commit_as(store, target, step, kind, parts, true).await
+}
+
+async fn commit_as(
+    store: &DuckdbStore,
+    target: &Target,
+    step: u64,
+    kind: OutputKind,
+    parts: Vec<OutputRows>,
+    complete: bool,
+) -> Result<u64, Failure> {
     let id = CaptureId::new("source1", "orders");
     let expected = (step > 1).then(|| Positions::from([(id.clone(), at(step - 1))]));
     let checkpoint = Positions::from([(id, at(step))]);
@@ -110,7 +121,7 @@ async fn commit(
         as_of_lsn: None,
         as_of_time: 0,
         horizon: Position::ZERO,
-        complete: true,
+        complete,
         run_id: "rate",
         output: &mut Parts(kind, parts.into_iter()),
     };
@@ -256,28 +267,76 @@ async fn main() -> Result<(), Failure> {
     let mut parts = vec![OutputRows::Close(closes((0..200_000).map(|n| n * 5))?)];
     parts.extend(version_parts(1_000_000..2_000_000)?);
     let began = Instant::now();
-    let rows = commit(&store, &dim, 2, OutputKind::Versions, parts).await?;
+    let rows = commit_as(&store, &dim, 2, OutputKind::Versions, parts, false).await?;
     report("1 M versions and 200000 closes over 1 M", rows, began);
     for step in 3..11 {
         let mut parts = version_parts((step - 1) * 1_000_000..step * 1_000_000)?;
         parts.insert(0, OutputRows::Close(closes(0..1_000_003)?));
-        commit(&store, &dim, step, OutputKind::Versions, parts).await?;
+        commit_as(&store, &dim, step, OutputKind::Versions, parts, false).await?;
     }
-    for (keys, stride) in [(3_000u64, 333u64), (300, 3_331), (10, 99_991)] {
-        let mut slowest = 0f64;
-        let began = Instant::now();
-        for round in 0..20 {
-            let step = 11 + round + 20 * (u64::from(keys < 3_000) + u64::from(keys < 300));
+    let mut step = 11;
+    for (keys, stride) in [(3_000u64, 333u64), (700, 1_427), (10, 99_991)] {
+        let mut times = Vec::new();
+        for round in 0..100 {
             let part = closes((0..keys).map(|n| ((n * stride + round) * 7919 % 1_000_003) as i64))?;
             let from = 20_000_000 + step * 3_000;
             let mut parts = vec![OutputRows::Close(part)];
             parts.extend(version_parts(from..from + keys)?);
             let commit_began = Instant::now();
             commit(&store, &dim, step, OutputKind::Versions, parts).await?;
-            slowest = slowest.max(commit_began.elapsed().as_secs_f64());
+            times.push(commit_began.elapsed());
+            step += 1;
+            tokio::time::sleep(PAUSE).await;
         }
-        let mean = began.elapsed().as_secs_f64() * 50.0;
-        println!("{keys} closes and versions over 10 M: {mean:.1} ms, at most {:.1} ms", slowest * 1000.0);
+        report_times(&format!("{keys} closes and versions over 10 M"), times);
+    }
+    large_rows(&store, &schema).await
+}
+
+/// Between two commits, as between two steps of a pipeline.
+const PAUSE: Duration = Duration::from_millis(50);
+
+fn report_times(what: &str, mut times: Vec<Duration>) {
+    times.sort();
+    let at = |part: usize| times[(times.len() * part / 100).min(times.len() - 1)].as_secs_f64() * 1000.0;
+    println!("{what}: median {:.1} ms, p99 {:.1} ms, at most {:.1} ms", at(50), at(99), at(100));
+}
+
+/// Merges of rows that lie anywhere in a target of 10 M.
+async fn large_rows(store: &DuckdbStore, schema: &Arc<TableSchema>) -> Result<(), Failure> {
+    let target = Target {
+        projection: "proj_large".into(),
+        shape: TargetShape::Rows,
+        key: vec!["order_id".into()],
+        columns: schema.columns.clone(),
+        definition: String::new(),
+        captures: vec![CaptureId::new("source1", "orders")],
+    };
+    store.prepare_target(&target).await?;
+    // A target is layered when a small output comes: the rows before are as those of a snapshot.
+    for step in 1..11u64 {
+        let range = (step - 1) * 1_000_000..step * 1_000_000;
+        let part = |from: u64| Ok(OutputRows::Upsert(upserts(from..range.end.min(from + 65_536), schema)?));
+        let parts: Result<Vec<OutputRows>, Failure> = range.clone().step_by(65_536).map(part).collect();
+        commit_as(store, &target, step, OutputKind::Merge, parts?, false).await?;
+    }
+    let mut times = Vec::new();
+    for step in 11..411u64 {
+        let ids =
+            Int64Array::from_iter_values((0..2_500).map(|n| ((n * 3_989 + step * 31) % 10_000_000 * 7919) as i64));
+        let mut arrays = columns(0..2_500, u64::MAX)?;
+        arrays[0] = Arc::new(ids);
+        let part = OutputRows::Upsert(RecordBatch::try_new(schema.columns.clone(), arrays)?);
+        let began = Instant::now();
+        commit(store, &target, step, OutputKind::Merge, vec![part]).await?;
+        times.push(began.elapsed());
+        tokio::time::sleep(PAUSE).await;
+    }
+    report_times("merge of 2500 rows into 10 M", times);
+    for sql in ["select count(*), sum(amount) from proj_large", "select * from proj_large where order_id = 7919000"] {
+        let began = Instant::now();
+        let rows: usize = store.query(sql).await?.iter().map(RecordBatch::num_rows).sum();
+        println!("{sql}: {rows} row in {:.0} ms", began.elapsed().as_secs_f64() * 1000.0);
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::freed_memory::{self, Watch};
+use crate::known_targets::KnownTargets;
 use crate::scattered::{Due, Scattered, vectors_of};
 use crate::tail::JOIN_VALUES_MAX;
 
@@ -49,6 +50,7 @@ pub struct Database {
     scattered: Arc<Mutex<Scattered>>,
     /// Held by the one who checkpoints.
     checkpointing: Arc<Mutex<()>>,
+    known_targets: Arc<KnownTargets>,
     inline: bool,
     /// What a new connection is told about time.
     set_time: &'static str,
@@ -80,6 +82,7 @@ impl Database {
             using_reserve: Arc::default(),
             scattered: Arc::new(Mutex::new(Scattered::new(settings.memory_limit_mib))),
             checkpointing: Arc::default(),
+            known_targets: Arc::default(),
             inline: settings.inline,
             set_time,
             _freed_memory: watch.map(Arc::new),
@@ -130,6 +133,11 @@ impl Database {
             Ok(connection)
         };
         connect().map_err(|cause| duckdb_error("connect to", format!("DuckDB catalog {name}"), cause))
+    }
+
+    /// What is known of targets in the stores of this instance.
+    pub(crate) fn known_targets(&self) -> &KnownTargets {
+        &self.known_targets
     }
 
     /// Ends the connection's transaction, undoing it, with some memory in reserve.

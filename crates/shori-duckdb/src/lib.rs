@@ -2,6 +2,7 @@
 
 pub mod database;
 mod freed_memory;
+mod known_targets;
 mod scattered;
 pub mod store;
 mod tail;

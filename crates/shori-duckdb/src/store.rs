@@ -7,7 +7,9 @@
 mod append;
 mod captures;
 mod compact;
+mod fold;
 mod history;
+mod layers;
 mod layout;
 mod output;
 mod query;
@@ -31,6 +33,7 @@ use shori_core::store::{
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::Database;
+use fold::Folder;
 pub use layout::is_reserved_table;
 pub use query::{ANSWER_ROWS_MAX, Answer, reading_statement, too_many};
 use session::{Session, Sessions, now, text, time};
@@ -46,6 +49,8 @@ values (true, ?, ?, ?)";
 
 /// A store in a DuckDB file. Handles to one file on one [`Database`] may be several.
 pub struct DuckdbStore {
+    /// First, so that the fold under way has ended before anything else goes.
+    folder: Folder,
     sessions: Arc<Sessions>,
 }
 
@@ -53,7 +58,8 @@ impl DuckdbStore {
     /// Attaches the file as `catalog`, creating it if missing.
     pub fn open(database: &Database, path: &Path, catalog: &str) -> Result<Self> {
         database.attach(path, catalog)?;
-        Ok(Self { sessions: Arc::new(Sessions::new(database.clone(), catalog)) })
+        let sessions = Arc::new(Sessions::new(database.clone(), catalog));
+        Ok(Self { folder: Folder::start(&sessions), sessions })
     }
 
     /// The answer to one reading statement, of [`ANSWER_ROWS_MAX`] rows at most; anything else is refused. An empty answer
@@ -170,7 +176,11 @@ impl Store for DuckdbStore {
             open = database.run(load).await?;
         }
         let sessions = self.sessions.clone();
-        database.run(move || open.finish(&sessions)).await
+        let finished = database.run(move || open.finish(&sessions)).await?;
+        if let Some(target) = &finished.to_fold {
+            self.folder.ask(&self.sessions, target);
+        }
+        Ok(finished.committed)
     }
 
     async fn record_error(&self, projection: &str, message: Option<&str>) -> Result<()> {
@@ -213,7 +223,7 @@ fn bootstrap(session: &Session) -> Result<String> {
         return Ok(id);
     }
     let id = uuid::Uuid::new_v4().to_string();
-    let version = duckdb::types::Value::BigInt(layout::LAYOUT_VERSION);
+    let version = duckdb::types::Value::BigInt(layout::PLAIN_LAYOUT_VERSION);
     session.execute(INSERT_STORE, &[text(&id), version, time(now())], object)?;
     Ok(id)
 }

@@ -11,23 +11,15 @@ use shori_core::projection::history;
 use shori_core::store::OutputKind;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::layout;
-use super::output::{Step, Written, create_temporary, load_rows};
+use super::layout::{self, Side};
+use super::output::{Form, Step, Written, create_temporary, drop_temporary, load_rows};
 use super::session::{Session, blob_literal, now, text, time, time_type};
+use super::target;
 use crate::database::quote_name;
-use crate::scattered::VECTOR_ROWS;
-use crate::tail::{self, FEW_ROWS};
 
 const VERSIONS: &str = "shori_versions";
 const CLOSES: &str = "shori_closes";
 const CLOSED: &str = "shori_closed";
-const REST: &str = "shori_closes_rest";
-const ROWS: &str = "shori_closes_rows";
-
-const SELECT_NEXT_KEY: &str = "
-select next_surrogate_key
-from ctl_projection_metadata
-where projection_name = ?";
 
 const UPDATE_NEXT_KEY: &str = "
 update ctl_projection_metadata
@@ -36,32 +28,35 @@ where projection_name = ?";
 
 /// What an output of versions has loaded so far.
 pub(super) struct Versions {
-    /// Versions need no comparison with those that stand: they go straight into the target.
-    direct: bool,
+    form: Form,
+    /// The table that versions go straight into, since they need no comparison with those that stand.
+    direct: Option<String>,
     first_key: i64,
     next_key: i64,
     written_at: Micros,
     has_versions: bool,
-    has_closes: bool,
+    close_rows: u64,
 }
 
 impl Versions {
-    pub fn begin(session: &Session, step: &Step, direct: bool) -> Result<Self> {
-        let table = &step.target.projection;
-        let keys = session.rows(SELECT_NEXT_KEY, &[text(table)], table, |row| row.get::<_, i64>(0))?;
-        let next_key = keys.first().copied().ok_or_else(|| {
-            Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared")
-        })?;
-        Ok(Self { direct, first_key: next_key, next_key, written_at: now(), has_versions: false, has_closes: false })
+    pub fn new(step: &Step, form: Form, next_key: i64) -> Self {
+        let name = &*step.target.projection;
+        let direct = match form {
+            Form::Layered(side) => Some(layout::changes_table(name, side)),
+            Form::Plain if step.kind == OutputKind::ReplaceVersions => None,
+            _ => Some(name.to_string()),
+        };
+        let (first_key, written_at) = (next_key, now());
+        Self { form, direct, first_key, next_key, written_at, has_versions: false, close_rows: 0 }
     }
 
     pub fn load(&mut self, session: &Session, step: &Step, rows: RecordBatch) -> Result<()> {
-        if self.direct {
+        if let Some(table) = self.direct.clone() {
             let rows = self.with_own_columns(&step.run_id, rows)?;
-            return load_rows(session, session.catalog(), &step.target.projection, rows);
+            return load_rows(session, session.catalog(), &table, rows);
         }
         if !self.has_versions {
-            create_temporary(session, VERSIONS, &rows)?;
+            create_temporary(session, VERSIONS, rows.schema().fields())?;
             self.has_versions = true;
         }
         load_rows(session, "temp", VERSIONS, rows)
@@ -72,10 +67,10 @@ impl Versions {
             let cause = "closed keys belong to outputs of versions alone";
             return Err(Error::new(ErrorKind::Internal, "write", format!("target {}", step.target.projection), cause));
         }
-        if !self.has_closes {
-            create_temporary(session, CLOSES, &rows)?;
-            self.has_closes = true;
+        if self.close_rows == 0 {
+            create_temporary(session, CLOSES, rows.schema().fields())?;
         }
+        self.close_rows += rows.num_rows() as u64;
         load_rows(session, "temp", CLOSES, rows)
     }
 
@@ -100,16 +95,21 @@ impl Versions {
 
     /// Closes, replaces and inserts what has been loaded.
     pub fn apply(&self, session: &Session, step: &Step) -> Result<Written> {
-        let mut written = Written { rows: (self.next_key - self.first_key) as u64, deleted: 0 };
+        let inserted = (self.next_key - self.first_key) as u64;
+        let mut written = Written { rows: inserted, grown: inserted, deleted: 0 };
         let mut next_key = self.next_key;
-        if self.has_closes {
-            let closed = self.close(session, step)?;
-            written = Written { rows: written.rows + closed.rows, deleted: closed.deleted };
-            session.batch(&format!("drop table temp.{CLOSES}"), CLOSES)?;
+        if self.close_rows > 0 && self.form != Form::Empty {
+            let closed = match self.form {
+                Form::Layered(side) => self.close_layered(session, step, side)?,
+                _ => self.close(session, step)?,
+            };
+            written.add(&closed);
         }
-        if step.kind == OutputKind::ReplaceVersions && !self.direct {
-            let replaced = self.replace(session, step, &mut next_key)?;
-            written = Written { rows: written.rows + replaced.rows, deleted: written.deleted + replaced.deleted };
+        if self.close_rows > 0 {
+            drop_temporary(session, CLOSES, self.close_rows)?;
+        }
+        if self.direct.is_none() {
+            written.add(&self.replace(session, step, &mut next_key)?);
         }
         if next_key != self.first_key {
             let values = [Value::BigInt(next_key), text(&step.target.projection)];
@@ -125,70 +125,53 @@ impl Versions {
     fn close(&self, session: &Session, step: &Step) -> Result<Written> {
         let object = &step.target.projection;
         let table = quote_name(object);
-        let tail = session.tail_of(object)?;
-        self.find_open(session, step, tail)?;
-        for deletion in tail::deletions(&table, &format!("temp.{CLOSED}"), "shori_row", tail) {
-            session.execute(&deletion, &[], object)?;
-        }
-        let sql = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
-        let rows = session.execute(&sql, &[], object)?;
-        let vectors = format!("select count(distinct shori_row // {VECTOR_ROWS}) from temp.{CLOSED}");
-        let deleted = session.number(&vectors, CLOSED)? as u64;
-        session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;
-        Ok(Written { rows, deleted })
+        let find = format!(
+            "create or replace temp table {CLOSED} as \
+             select t.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
+             from (select rowid as shori_row, * from {table} where is_current) t join temp.{CLOSES} as l on {} \
+             where t.surrogate_key < {}",
+            target::same_key(&step.target, "t", "l"),
+            self.first_key
+        );
+        session.execute(&find, &[time(self.written_at)], object)?;
+        let delete = format!("delete from {table} where rowid in (select shori_row from temp.{CLOSED})");
+        let rows = session.execute(&delete, &[], object)?;
+        let insert = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
+        session.execute(&insert, &[], object)?;
+        drop_temporary(session, CLOSED, rows)?;
+        Ok(Written { rows, grown: 0, deleted: rows })
     }
 
-    /// Makes `CLOSED`: open versions of the keys in `CLOSES`, as they will be. In a large table those at its end are looked
-    /// for first.
-    fn find_open(&self, session: &Session, step: &Step, tail: Option<i64>) -> Result<()> {
+    /// Versions in the active overlay are closed there; whether there is one below is not asked, and the first end of a
+    /// key is the one that counts. What an update in place keeps in memory goes with the overlay.
+    fn close_layered(&self, session: &Session, step: &Step, side: Side) -> Result<Written> {
         let object = &step.target.projection;
-        let values = [time(self.written_at)];
-        let (own, first_key) = (quote_name(object), self.first_key);
-        let closing = |closes: &str, rows: &str| {
-            format!(
-                "select t.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
-                 from (select rowid as shori_row, * from {own} where {rows}) t join temp.{closes} as l on {} \
-                 where t.is_current and t.surrogate_key < {first_key}",
-                step.same_key("t", "l")
-            )
-        };
-        let create = format!("create or replace temp table {CLOSED} as");
-        let Some(tail) = tail else {
-            session.execute(&format!("{create} {}", closing(CLOSES, "true")), &values, object)?;
-            return Ok(());
-        };
-        session.execute(&format!("{create} {}", closing(CLOSES, &format!("rowid >= {tail}"))), &values, object)?;
-        let rest = format!(
-            "create or replace temp table {REST} as from temp.{CLOSES} l anti join temp.{CLOSED} c on {}",
-            step.same_key("l", "c")
+        let changes = quote_name(&layout::changes_table(object, side));
+        let ends = quote_name(&layout::ends_table(object, side));
+        let close = format!(
+            "update {changes} set valid_to = l.valid_to, is_current = false, updated_at = ? \
+             from temp.{CLOSES} as l where {} and {changes}.is_current and {changes}.surrogate_key < {}",
+            target::same_key(&step.target, &changes, "l"),
+            self.first_key
         );
-        session.batch(&rest, REST)?;
-        let left = session.number(&format!("select count(*) from temp.{REST}"), REST)?;
-        let mut rows = format!("rowid < {tail}");
-        if left > 0 && left <= FEW_ROWS {
-            let sql = format!(
-                "create or replace temp table {ROWS} as select {own}.rowid as shori_row \
-                 from {own} join temp.{REST} as l on {} where {own}.is_current and {own}.rowid < {tail}",
-                step.same_key(&own, "l")
-            );
-            session.execute(&sql, &[], object)?;
-            rows = format!("rowid in (select shori_row from temp.{ROWS})");
-        }
-        if left > 0 {
-            let sql = format!("insert into temp.{CLOSED} {}", closing(REST, &rows));
-            session.execute(&sql, &values, object)?;
-        }
-        session.batch(&format!("drop table if exists temp.{ROWS}; drop table temp.{REST}"), REST)
+        session.execute(&close, &[time(self.written_at)], object)?;
+        let end = format!(
+            "insert into {ends} by name select l.*, ?::timestamp as updated_at from temp.{CLOSES} l \
+             anti join {ends} e on {}",
+            target::same_key(&step.target, "l", "e")
+        );
+        let grown = session.execute(&end, &[time(self.written_at)], object)?;
+        Ok(Written { rows: self.close_rows, grown, deleted: 0 })
     }
 
     fn replace(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<Written> {
         if !self.has_versions {
-            create_temporary(session, VERSIONS, &RecordBatch::new_empty(step.target.columns.clone()))?;
+            create_temporary(session, VERSIONS, step.target.columns.fields())?;
         }
         let object = &step.target.projection;
         let table = quote_name(object);
         let horizon = blob_literal(step.horizon.lsn.as_slice());
-        let same = format!("{} and {table}.__source_lsn = l.__source_lsn", step.same_key(&table, "l"));
+        let same = format!("{} and {table}.__source_lsn = l.__source_lsn", target::same_key(&step.target, &table, "l"));
         let sql = format!(
             "update {table} set valid_to = l.valid_to, is_current = l.is_current, updated_at = ? \
              from temp.{VERSIONS} as l where {same} \
@@ -216,7 +199,8 @@ impl Versions {
         let ended = self.end_older(session, step, &same)?;
         session.batch(&format!("drop table temp.{VERSIONS}"), VERSIONS)?;
         // An update in place counts as much as a deletion: its old values are kept, too.
-        Ok(Written { rows: updated + deleted + inserted + ended, deleted: updated + deleted + ended })
+        let rows = updated + deleted + inserted + ended;
+        Ok(Written { rows, grown: inserted, deleted: updated + deleted + ended })
     }
 
     /// Ends open versions that did not come: the target stood behind the log's horizon, and what ended them is not in the
@@ -239,7 +223,7 @@ impl Versions {
                  from {table} o left join {table} n on {} and n.valid_from > o.valid_from \
                  where o.rowid in (select shori_row from temp.{CLOSED}) group by o.rowid) as e \
              where {table}.rowid = e.shori_row",
-            step.same_key("o", "n")
+            target::same_key(&step.target, "o", "n")
         );
         let ended = session.execute(&end, &[time(self.written_at), time(step.as_of_time)], object)?;
         session.batch(&format!("drop table temp.{CLOSED}"), CLOSED)?;

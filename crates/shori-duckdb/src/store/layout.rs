@@ -14,7 +14,9 @@ use crate::database::quote_name;
 use crate::types::duckdb_type;
 
 /// Goes up when a file written from here on cannot be understood by older versions.
-pub(super) const LAYOUT_VERSION: i64 = 1;
+pub(super) const LAYOUT_VERSION: i64 = 2;
+/// What a file without layered targets has: versions that do not know them understand it.
+pub(super) const PLAIN_LAYOUT_VERSION: i64 = 1;
 
 pub(super) const CREATE_STORE_TABLE: &str = "
 create table if not exists ctl_store (
@@ -98,6 +100,7 @@ create table if not exists ctl_projection_metadata (
     target_key varchar not null
 );
 alter table ctl_projection_metadata add column if not exists definition varchar;
+alter table ctl_projection_metadata add column if not exists active_layer varchar;
 create table if not exists pipeline_metadata (
     pipeline_name varchar not null,
     run_id varchar not null,
@@ -147,7 +150,69 @@ pub(super) fn create_staging_table<'a>(table: &str, fields: impl Iterator<Item =
 /// Whether tables of that name are the store's own.
 pub fn is_reserved_table(name: &str) -> bool {
     let lower = name.to_lowercase();
-    lower.starts_with("ctl_") || lower.starts_with("stg_cdc_") || lower == "pipeline_metadata"
+    lower.starts_with("ctl_")
+        || lower.starts_with("stg_cdc_")
+        || lower == "pipeline_metadata"
+        || lower.ends_with(BASE)
+        || Side::BOTH.iter().any(|side| {
+            let ends_with = |suffix: &str| lower.strip_suffix(side.name()).is_some_and(|rest| rest.ends_with(suffix));
+            ends_with(CHANGES) || ends_with(ENDS)
+        })
+}
+
+/// Behind a layered target's name: the large table, its overlays and, for a history, what ends versions below them.
+///
+/// A large target `p` is a view over `p__base` and two overlays, `a` and `b`: rows that have come since
+/// (`p__changes_a`, with [`GONE`] where a key was deleted; for a history, versions) and, for a history, `p__ends_a`: the
+/// key, `valid_to` and `updated_at` by which open versions in the layers below are closed. An overlay lies above the
+/// base, and the active one (`active_layer` of the projection's metadata) above the other. A target without an active
+/// layer is one plain table.
+const BASE: &str = "__base";
+const CHANGES: &str = "__changes_";
+const ENDS: &str = "__ends_";
+
+/// Column of an overlay of rows: the key has no row any more.
+pub(super) const GONE: &str = "__shori_gone";
+
+/// One of a layered target's two overlays.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Side {
+    A,
+    B,
+}
+
+impl Side {
+    pub const BOTH: [Side; 2] = [Side::A, Side::B];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::A => "a",
+            Side::B => "b",
+        }
+    }
+
+    pub fn named(name: &str) -> Option<Self> {
+        Self::BOTH.into_iter().find(|side| side.name() == name)
+    }
+
+    pub fn other(self) -> Self {
+        match self {
+            Side::A => Side::B,
+            Side::B => Side::A,
+        }
+    }
+}
+
+pub(super) fn base_table(projection: &str) -> String {
+    format!("{projection}{BASE}")
+}
+
+pub(super) fn changes_table(projection: &str, side: Side) -> String {
+    format!("{projection}{CHANGES}{}", side.name())
+}
+
+pub(super) fn ends_table(projection: &str, side: Side) -> String {
+    format!("{projection}{ENDS}{}", side.name())
 }
 
 /// A table's column, as a statement that makes the table spells it.
@@ -166,5 +231,17 @@ mod tests {
         assert_eq!(staging_column("commit_time"), "commit_time__source");
         assert_eq!(history_column("created_at"), "created_at__source");
         assert_eq!(history_column("valid_from"), "valid_from");
+    }
+
+    #[test]
+    fn layers_have_names_that_no_projection_takes() {
+        for side in Side::BOTH {
+            assert_eq!(Side::named(side.name()), Some(side));
+            for table in [base_table("Orders"), changes_table("orders", side), ends_table("orders", side)] {
+                assert!(is_reserved_table(&table), "{table}");
+            }
+        }
+        assert_eq!(changes_table("orders", Side::B), "orders__changes_b");
+        assert!(!is_reserved_table("orders_base") && !is_reserved_table("data__changes_c"));
     }
 }

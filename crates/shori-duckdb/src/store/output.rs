@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{BooleanArray, RecordBatch};
+use arrow::datatypes::{DataType, Field, Fields, Schema};
 use duckdb::types::Value;
 use shori_core::position::{Lsn, Micros, Position, Positions};
 use shori_core::projection::Target;
@@ -15,20 +16,23 @@ use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::append::append_rows;
 use super::history::Versions;
+use super::layers::{self, Reform};
+use super::layout::{GONE, Side};
 use super::session::{Session, Sessions, blob, now, text, time};
 use super::{layout, target};
 use crate::database::quote_name;
+use crate::known_targets::{Known, large_from_rows, overlay_rows, overlay_rows_max};
 
 /// Rows that are gathered before they are loaded.
 const LOAD_ROWS: usize = 65_536;
 
-pub(super) const UPSERTS: &str = "shori_upserts";
-pub(super) const DELETES: &str = "shori_deletes";
+/// Rows that a temporary table may keep until the connection needs it again.
+const KEPT_ROWS: u64 = 8_192;
+/// How often a target is brought into another form before a commit to it begins.
+const REFORMS_MAX: usize = 4;
 
-const TOUCH_METADATA: &str = "
-update ctl_projection_metadata
-set run_id = ?
-where projection_name = ?";
+/// Upserts, and the keys of deletions with [`GONE`] set.
+const CHANGES: &str = "shori_changes";
 
 const UPDATE_METADATA: &str = "
 update ctl_projection_metadata
@@ -75,15 +79,17 @@ impl Step {
         }
     }
 
-    /// Equality of the key in `left` and `right`; the join that DuckDB makes best where no key is null.
-    pub fn same_key(&self, left: &str, right: &str) -> String {
-        let equal = |name: &String| {
-            let nullable = self.target.columns.field_with_name(name).map_or(true, |field| field.is_nullable());
-            let comparison = if nullable { "is not distinct from" } else { "=" };
-            let name = quote_name(name);
-            format!("{left}.{name} {comparison} {right}.{name}")
-        };
-        self.target.key.iter().map(equal).collect::<Vec<_>>().join(" and ")
+    fn update_metadata(&self, session: &Session) -> Result<()> {
+        let table = &self.target.projection;
+        let values = [
+            self.as_of_lsn.map_or(Value::Null, |lsn| blob(lsn.as_slice())),
+            time(self.as_of_time),
+            time(now()),
+            text(if self.complete { "OK" } else { "INIT" }),
+            text(&self.run_id),
+            text(table),
+        ];
+        session.execute(UPDATE_METADATA, &values, table).map(|_| ())
     }
 }
 
@@ -92,11 +98,23 @@ pub(super) enum Begun {
     Ended(Committed),
 }
 
+/// What the rows of an output meet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Form {
+    /// The target is empty: rows go straight into it.
+    Empty,
+    Plain,
+    Layered(Side),
+}
+
 /// An output whose transaction is open. Dropping it rolls back.
 pub(super) struct OpenOutput {
     session: Session,
     step: Step,
     stored: Option<Positions>,
+    form: Form,
+    /// What was known of the target when the transaction began.
+    known: Known,
     loads: Loads,
     versions: Option<Versions>,
 }
@@ -106,18 +124,31 @@ pub(super) struct OpenOutput {
 pub(super) struct Written {
     /// Rows that are other than before, or gone.
     pub rows: u64,
-    /// Vectors of it that lost rows, at most.
+    /// Rows by which the table or overlay that was written has grown, at most.
+    pub grown: u64,
+    /// Vectors of the target that lost rows, at most.
     pub deleted: u64,
 }
 
-/// Which temporary tables stand, and how rows come into the target.
+impl Written {
+    pub fn add(&mut self, other: &Self) {
+        self.rows += other.rows;
+        self.grown += other.grown;
+        self.deleted += other.deleted;
+    }
+}
+
+/// How a commit has ended.
+pub(super) struct Finished {
+    pub committed: Committed,
+    /// An overlay of the target waits to be folded.
+    pub to_fold: Option<Target>,
+}
+
 #[derive(Default)]
 struct Loads {
-    /// The target is empty: rows go straight into it.
-    direct: bool,
-    direct_rows: u64,
-    has_upserts: bool,
-    has_deletes: bool,
+    has_changes: bool,
+    upsert_rows: u64,
     delete_rows: u64,
 }
 
@@ -153,33 +184,85 @@ fn settled(sessions: &Arc<Sessions>, step: &Step, error: Error) -> Result<Commit
 }
 
 pub(super) fn begin(sessions: &Arc<Sessions>, step: Step) -> Result<Begun> {
-    match begin_once(sessions.session()?, step.clone()) {
-        Ok(begun) => Ok(begun),
-        Err(error) => settled(sessions, &step, error).map(Begun::Ended),
+    for _ in 0..=REFORMS_MAX {
+        let tried = begin_once(sessions.session()?, &step).and_then(|tried| {
+            if let Tried::Reform(session, reform) = &tried {
+                layers::reform(session, &step.target, *reform)?;
+            }
+            Ok(tried)
+        });
+        match tried {
+            Ok(Tried::Begun(begun)) => return Ok(begun),
+            Ok(Tried::Reform(session, _)) => session.give_back(),
+            Err(error) => return settled(sessions, &step, error).map(Begun::Ended),
+        }
     }
+    let cause = "another writer keeps changing its form";
+    Err(Error::new(ErrorKind::Unavailable, "write", format!("target {}", step.target.projection), cause))
 }
 
-fn begin_once(session: Session, step: Step) -> Result<Begun> {
-    let table = step.target.projection.clone();
-    session.batch("begin", &table)?;
-    let stored = target::positions(&session, &table)?;
-    if let Some(verdict) = step.verdict(stored.as_ref()) {
+enum Tried {
+    Begun(Begun),
+    /// Nothing has happened: this has to come first.
+    Reform(Session, Reform),
+}
+
+fn begin_once(session: Session, step: &Step) -> Result<Tried> {
+    let table = &*step.target.projection;
+    session.batch("begin", table)?;
+    let Some(standing) = target::standing(&session, table)? else {
+        return Err(Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared"));
+    };
+    if let Some(verdict) = step.verdict(standing.checkpoint.as_ref()) {
         session.roll_back();
         session.give_back();
-        return Ok(Begun::Ended(verdict));
+        return Ok(Tried::Begun(Begun::Ended(verdict)));
     }
     // The row by which two writers of one projection meet: the second one fails here, before it has read any rows.
-    if session.execute(TOUCH_METADATA, &[text(&step.run_id), text(&table)], &table)? == 0 {
-        return Err(Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared"));
+    step.update_metadata(&session)?;
+    let known = known(&session, &step.target, standing.active)?;
+    let is_incremental = matches!(step.kind, OutputKind::Merge | OutputKind::Versions);
+    let reform = match standing.active {
+        Some(_) if !is_incremental => Some(Reform::Flatten),
+        Some(_) if known.frozen && known.rows > overlay_rows_max() => Some(Reform::Fold),
+        // Until then, large outputs come, most of them of new rows.
+        None if is_incremental && step.complete && known.rows >= large_from_rows() && !known.stays_plain => {
+            Some(Reform::Layer)
+        }
+        _ => None,
+    };
+    if let Some(reform) = reform {
+        session.roll_back();
+        return Ok(Tried::Reform(session, reform));
     }
-    let direct = target::is_empty(&session, &table)?;
+    let form = match standing.active {
+        Some(side) => Form::Layered(side),
+        None if known.rows == 0 && target::is_empty(&session, table)? => Form::Empty,
+        None => Form::Plain,
+    };
     let versions = match step.kind {
-        OutputKind::Versions => Some(Versions::begin(&session, &step, true)?),
-        OutputKind::ReplaceVersions => Some(Versions::begin(&session, &step, direct)?),
+        OutputKind::Versions | OutputKind::ReplaceVersions => {
+            Some(Versions::new(step, form, standing.next_surrogate_key))
+        }
         OutputKind::Merge | OutputKind::Replace => None,
     };
-    let loads = Loads { direct, ..Loads::default() };
-    Ok(Begun::Open(Box::new(OpenOutput { session, step, stored, loads, versions })))
+    let (step, stored, loads) = (step.clone(), standing.checkpoint, Loads::default());
+    Ok(Tried::Begun(Begun::Open(Box::new(OpenOutput { session, step, stored, form, known, loads, versions }))))
+}
+
+/// What is known of the target, looked up where nothing is, or where it decides.
+fn known(session: &Session, target: &Target, active: Option<Side>) -> Result<Known> {
+    let (known_targets, name) = (session.known_targets(), &*target.projection);
+    let known = known_targets.get(session.catalog(), name);
+    let looked = match (known, active) {
+        (Some(known), Some(_)) => return Ok(known),
+        (Some(known), None) if known.stays_plain || (1..large_from_rows()).contains(&known.rows) => return Ok(known),
+        (None, Some(side)) => layers::look(session, target, side)?,
+        // Rows were counted as they came: those that took the place of others are not more.
+        (_, None) => Known { rows: session.table_rows(name)?, ..Known::default() },
+    };
+    known_targets.put(session.catalog(), name, looked);
+    Ok(looked)
 }
 
 impl OpenOutput {
@@ -208,97 +291,119 @@ impl OpenOutput {
     }
 
     fn load_upserts(&mut self, rows: RecordBatch) -> Result<()> {
-        if self.loads.direct {
-            self.loads.direct_rows += rows.num_rows() as u64;
+        self.loads.upsert_rows += rows.num_rows() as u64;
+        if self.form == Form::Empty {
             return load_rows(&self.session, self.session.catalog(), &self.step.target.projection, rows);
         }
-        if !self.loads.has_upserts {
-            create_temporary(&self.session, UPSERTS, &rows)?;
-            self.loads.has_upserts = true;
-        }
-        load_rows(&self.session, "temp", UPSERTS, rows)
+        self.load_changes(rows, false)
     }
 
     fn load_deletes(&mut self, rows: RecordBatch) -> Result<()> {
-        if self.loads.direct {
+        if self.form == Form::Empty || self.step.kind == OutputKind::Replace {
             return Ok(());
         }
-        if !self.loads.has_deletes {
-            create_temporary(&self.session, DELETES, &rows)?;
-            self.loads.has_deletes = true;
-        }
         self.loads.delete_rows += rows.num_rows() as u64;
-        load_rows(&self.session, "temp", DELETES, rows)
+        self.load_changes(rows, true)
     }
 
-    pub fn finish(self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Committed> {
+    fn load_changes(&mut self, rows: RecordBatch, gone: bool) -> Result<()> {
+        if !self.loads.has_changes {
+            let gone = Arc::new(Field::new(GONE, DataType::Boolean, false));
+            let columns = self.step.target.columns.fields().iter().cloned().chain([gone]);
+            create_temporary(&self.session, CHANGES, &columns.collect())?;
+            self.loads.has_changes = true;
+        }
+        let (schema, mut columns) = (rows.schema(), rows.columns().to_vec());
+        let marked = schema.fields().iter().cloned().chain([Arc::new(Field::new(GONE, DataType::Boolean, false))]);
+        columns.push(Arc::new(BooleanArray::from(vec![gone; rows.num_rows()])));
+        load_rows(
+            &self.session,
+            "temp",
+            CHANGES,
+            RecordBatch::try_new(Arc::new(Schema::new(marked.collect::<Fields>())), columns)?,
+        )
+    }
+
+    pub fn finish(self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Finished> {
         match self.finish_once() {
-            Ok(Written { rows, deleted }) => {
-                self.session.deleted(&self.step.target.projection, deleted);
+            Ok((written, swapped)) => {
+                let (name, known_targets) = (&*self.step.target.projection, self.session.known_targets());
+                self.session.deleted(name, written.deleted);
+                // A fold may have ended meanwhile: what else is known stays.
+                let to_fold = known_targets.change(self.session.catalog(), name, |known| {
+                    known.rows = if swapped { 0 } else { self.known.rows + written.grown };
+                    known.frozen |= swapped;
+                    known.ask()
+                });
+                let to_fold = to_fold.unwrap_or(false).then(|| self.step.target.clone());
                 self.session.give_back();
-                Ok(Committed::Applied { rows })
+                Ok(Finished { committed: Committed::Applied { rows: written.rows }, to_fold })
             }
             Err(error) => {
                 let step = self.step.clone();
                 self.roll_back();
-                settled(sessions, &step, error)
+                settled(sessions, &step, error).map(|committed| Finished { committed, to_fold: None })
             }
         }
     }
 
-    fn finish_once(&self) -> Result<Written> {
+    /// What was written, and whether the overlays have changed places.
+    fn finish_once(&self) -> Result<(Written, bool)> {
         let (session, step) = (&self.session, &self.step);
         let written = match (&self.versions, step.kind) {
             (Some(versions), _) => versions.apply(session, step)?,
-            (None, _) if self.loads.direct => Written { rows: self.loads.direct_rows, deleted: 0 },
+            (None, _) if self.form == Form::Empty => {
+                Written { rows: self.loads.upsert_rows, grown: self.loads.upsert_rows, deleted: 0 }
+            }
             (None, OutputKind::Replace) => self.replace()?,
             (None, _) => self.merge()?,
         };
         failpoint::reached(failpoint::STORE_INSIDE_OUTPUT);
         let table = &step.target.projection;
         target::put_checkpoint(session, table, self.stored.as_ref(), &step.checkpoint)?;
-        let values = [
-            step.as_of_lsn.map_or(Value::Null, |lsn| blob(lsn.as_slice())),
-            time(step.as_of_time),
-            time(now()),
-            text(if step.complete { "OK" } else { "INIT" }),
-            text(&step.run_id),
-            text(table),
-        ];
-        session.execute(UPDATE_METADATA, &values, table)?;
-        for (stands, name) in [(self.loads.has_upserts, UPSERTS), (self.loads.has_deletes, DELETES)] {
-            if stands {
-                session.batch(&format!("drop table temp.{name}"), name)?;
+        let swapped = match self.form {
+            Form::Layered(side) if self.known.rows + written.grown >= overlay_rows() && !self.is_frozen() => {
+                layers::swap(session, &step.target, side)?
             }
+            _ => false,
+        };
+        if self.loads.has_changes {
+            drop_temporary(session, CHANGES, self.loads.upsert_rows + self.loads.delete_rows)?;
         }
         session.batch("commit", table)?;
-        Ok(written)
+        Ok((written, swapped))
     }
 
+    /// Whether the other overlay still waits to be folded, as far as is known.
+    fn is_frozen(&self) -> bool {
+        let known = self.session.known_targets().get(self.session.catalog(), &self.step.target.projection);
+        known.is_some_and(|known| known.frozen)
+    }
+
+    /// Changes go to the active overlay of a layered target as they are, deletions too.
     fn merge(&self) -> Result<Written> {
-        let (session, step) = (&self.session, &self.step);
-        let table = quote_name(&step.target.projection);
-        let key = step.target.key.iter().map(|name| quote_name(name)).collect::<Vec<_>>().join(", ");
-        let loaded = [(self.loads.has_deletes, DELETES), (self.loads.has_upserts, UPSERTS)];
-        let keys: Vec<String> = loaded
-            .iter()
-            .filter(|(stands, _)| *stands)
-            .map(|(_, name)| format!("select {key} from temp.{name}"))
-            .collect();
-        let mut written = Written::default();
-        // The target is searched once for what goes and for what is replaced.
-        if !keys.is_empty() {
-            let same_key = step.same_key(&table, "l");
-            let sql = format!("delete from {table} using ({}) as l where {same_key}", keys.join(" union all "));
-            written.deleted = session.execute(&sql, &[], &step.target.projection)?;
-            written.rows = written.deleted.min(self.loads.delete_rows);
+        if !self.loads.has_changes {
+            return Ok(Written::default());
         }
-        if self.loads.has_upserts {
-            let columns = column_list(&step.target);
-            let sql = format!("insert into {table} ({columns}) select {columns} from temp.{UPSERTS}");
-            written.rows += session.execute(&sql, &[], &step.target.projection)?;
-        }
-        Ok(written)
+        let (session, target, object) = (&self.session, &self.step.target, &self.step.target.projection);
+        let columns = column_list(target);
+        let (table, columns, rest) = match self.form {
+            Form::Layered(side) => (layout::changes_table(object, side), format!("{columns}, {GONE}"), ""),
+            _ => (object.to_string(), columns, " where not gone"),
+        };
+        let (table, rest) = (quote_name(&table), rest.replace("gone", GONE));
+        // It is searched once for what goes and for what is replaced.
+        let same_key = target::same_key(target, &table, "l");
+        let delete = format!("delete from {table} using temp.{CHANGES} as l where {same_key}");
+        let deleted = session.execute(&delete, &[], object)?;
+        let insert = format!("insert into {table} ({columns}) select {columns} from temp.{CHANGES}{rest}");
+        let inserted = session.execute(&insert, &[], object)?;
+        let grown = inserted.saturating_sub(deleted);
+        Ok(match self.form {
+            // Whether a deleted key had a row is not asked.
+            Form::Layered(_) => Written { rows: inserted, grown, deleted: 0 },
+            _ => Written { rows: deleted.min(self.loads.delete_rows) + inserted, grown, deleted },
+        })
     }
 
     /// Writes only what differs, so that a recomputed result that is the same costs no writes.
@@ -306,14 +411,14 @@ impl OpenOutput {
         let (session, step) = (&self.session, &self.step);
         let object = &step.target.projection;
         let table = quote_name(object);
-        if !self.loads.has_upserts {
+        if !self.loads.has_changes {
             let deleted = session.execute(&format!("delete from {table}"), &[], object)?;
-            return Ok(Written { rows: deleted, deleted });
+            return Ok(Written { rows: deleted, grown: 0, deleted });
         }
-        let same_key = step.same_key(&table, "l");
-        let found = format!("exists (select 1 from temp.{UPSERTS} l where {same_key}");
+        let same_key = target::same_key(&step.target, &table, "l");
+        let found = format!("exists (select 1 from temp.{CHANGES} l where {same_key}");
         let gone = session.execute(&format!("delete from {table} where not {found})"), &[], object)?;
-        let mut written = Written { rows: gone, deleted: gone };
+        let mut written = Written { rows: gone, grown: 0, deleted: gone };
         let key = &step.target.key;
         let rest = step.target.columns.fields().iter().filter(|field| !key.contains(field.name()));
         let differs: Vec<String> = rest
@@ -322,15 +427,16 @@ impl OpenOutput {
             .collect();
         if !differs.is_empty() {
             let differs = differs.join(" or ");
-            let sql = format!("delete from {table} using temp.{UPSERTS} as l where {same_key} and ({differs})");
+            let sql = format!("delete from {table} using temp.{CHANGES} as l where {same_key} and ({differs})");
             written.deleted += session.execute(&sql, &[], object)?;
         }
         let columns = column_list(&step.target);
         let sql = format!(
-            "insert into {table} ({columns}) select {columns} from temp.{UPSERTS} as l \
+            "insert into {table} ({columns}) select {columns} from temp.{CHANGES} as l \
              where not exists (select 1 from {table} where {same_key})"
         );
-        written.rows += session.execute(&sql, &[], object)?;
+        written.grown = session.execute(&sql, &[], object)?;
+        written.rows += written.grown;
         Ok(written)
     }
 }
@@ -339,12 +445,16 @@ fn column_list(target: &Target) -> String {
     target.columns.fields().iter().map(|field| quote_name(field.name())).collect::<Vec<_>>().join(", ")
 }
 
-/// A temporary table with the columns of `rows`.
-pub(super) fn create_temporary(session: &Session, name: &str, rows: &RecordBatch) -> Result<()> {
-    let schema = rows.schema();
+/// An empty temporary table with these columns, in the place of any that stands.
+pub(super) fn create_temporary(session: &Session, name: &str, fields: &Fields) -> Result<()> {
     let definitions: Result<Vec<String>> =
-        schema.fields().iter().map(|field| layout::column_definition(field.name(), field.data_type())).collect();
+        fields.iter().map(|field| layout::column_definition(field.name(), field.data_type())).collect();
     session.batch(&format!("create or replace temp table {name} ({})", definitions?.join(", ")), name)
+}
+
+/// Drops a temporary table that holds too much to be kept.
+pub(super) fn drop_temporary(session: &Session, name: &str, rows: u64) -> Result<()> {
+    if rows > KEPT_ROWS { session.batch(&format!("drop table temp.{name}"), name) } else { Ok(()) }
 }
 
 /// Appends `rows` by the names of their columns.

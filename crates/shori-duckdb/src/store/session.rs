@@ -13,7 +13,8 @@ use shori_core::position::{Micros, Position};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::{Database, duckdb_error, traced};
-use crate::tail;
+use crate::known_targets::KnownTargets;
+use crate::tail::rows_of;
 
 /// Connections that wait for use at most; more are closed.
 const IDLE_CONNECTIONS_MAX: usize = 4;
@@ -122,10 +123,15 @@ impl Session {
         }
     }
 
-    /// Where the end of `table` begins, if it is a large one.
-    pub fn tail_of(&self, table: &str) -> Result<Option<i64>> {
-        let start = tail::start_of(&self.connection, &self.sessions.catalog, table);
-        start.map_err(|cause| duckdb_error("read", table, cause))
+    /// Rows of a table, deleted ones among them until they are swept up.
+    pub fn table_rows(&self, table: &str) -> Result<u64> {
+        let rows = rows_of(&self.connection, self.catalog(), table);
+        rows.map(|rows| rows.max(0) as u64).map_err(|cause| duckdb_error("read", table, cause))
+    }
+
+    /// What the instance knows of its targets.
+    pub fn known_targets(&self) -> &KnownTargets {
+        self.sessions.database.known_targets()
     }
 
     /// Tells that committed work has deleted rows from so many vectors of `table`, at most.

@@ -2,12 +2,13 @@
 
 use arrow::datatypes::{DataType, Field, TimeUnit};
 use duckdb::types::Value;
-use shori_core::position::{CaptureId, Lsn, Positions, SortKey};
+use shori_core::position::{CaptureId, Lsn, Position, Positions, SortKey};
 use shori_core::projection::{Target, TargetShape, history};
 use shori_core::store::{Checkpoint, target_mismatch};
 use shori_core::{Error, ErrorKind, Result};
 
-use super::layout;
+use super::layers;
+use super::layout::{self, Side, base_table};
 use super::session::{Session, get_position, get_time, now, position_values, text, time};
 use crate::database::quote_name;
 use crate::types::duckdb_type;
@@ -24,13 +25,20 @@ where database_name = current_database() and schema_name = 'main' and table_name
 order by column_index";
 
 const SELECT_SHAPE: &str = "
-select target_shape, target_key, definition
+select target_shape, target_key, definition, active_layer
 from ctl_projection_metadata
 where projection_name = ?";
 
 const INSERT_METADATA: &str = "
 insert into ctl_projection_metadata
-values (?, null, null, null, 'INIT', null, null, 1, ?, ?, ?)";
+values (?, null, null, null, 'INIT', null, null, 1, ?, ?, ?, null)";
+
+/// One row for each capture of the checkpoint, or one without.
+const SELECT_STANDING: &str = "
+select c.source_name, c.instance_name, c.last_consumed_lsn, c.last_seq, m.next_surrogate_key, m.active_layer
+from ctl_projection_metadata m
+left join ctl_projection_checkpoints c using (projection_name)
+where projection_name = ?";
 
 const SELECT_CHECKPOINT: &str = "
 select source_name, instance_name, last_consumed_lsn, last_seq
@@ -42,14 +50,24 @@ select as_of_time
 from ctl_projection_metadata
 where projection_name = ?";
 
-const UPDATE_CHECKPOINT: &str = "
+/// All captures move to one position, which is the rule within a timeline.
+const UPDATE_ALL_CHECKPOINTS: &str = "
 update ctl_projection_checkpoints
-set last_consumed_lsn = ?, updated_at = ?, last_seq = ?
-where projection_name = ? and source_name = ? and instance_name = ?";
+set last_consumed_lsn = ?, last_seq = ?, updated_at = ?
+where projection_name = ?";
+
+/// `$1` is the time, `$2` the projection; then come the values of each capture that moves, and the end.
+const UPDATE_CHECKPOINTS: &str = "
+update ctl_projection_checkpoints as standing
+set last_consumed_lsn = moved.lsn, updated_at = $1, last_seq = moved.seq
+from (values ";
+
+const UPDATE_CHECKPOINTS_END: &str = ") as moved (lsn, seq, source, instance)
+where projection_name = $2 and source_name = moved.source and instance_name = moved.instance";
 
 const INSERT_CHECKPOINT: &str = "
 insert into ctl_projection_checkpoints
-    (last_consumed_lsn, updated_at, last_seq, projection_name, source_name, instance_name, capture_instance)
+    (last_consumed_lsn, last_seq, source_name, instance_name, updated_at, projection_name, capture_instance)
 values (?, ?, ?, ?, ?, ?, ?)";
 
 const DELETE_CHECKPOINT: &str = "
@@ -143,33 +161,94 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
         )
         .with_remedy("give the projection another name"));
     }
-    session.transaction(table, |session| {
-        let mut columns = session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let wanted = Written::wanted(target);
-        let stored = Written::stored(session, table)?;
-        if is_made_anew(target, &columns, stored.as_ref(), &wanted.key)? {
-            session.batch(&format!("drop table {}", quote_name(table)), table)?;
-            columns.clear();
+    // A fold of it would be met in the catalog, again and again.
+    let _only = session.known_targets().folding();
+    while session.transaction(table, |session| prepare_once(session, target))? == Prepared::Layered {
+        layers::flatten_alone(session, target)?;
+    }
+    session.known_targets().forget(session.catalog(), table);
+    Ok(())
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Prepared {
+    Ready,
+    /// Nothing has happened: it has to be changed, and must be one table for that.
+    Layered,
+}
+
+fn prepare_once(session: &Session, target: &Target) -> Result<Prepared> {
+    let table = &*target.projection;
+    let wanted = Written::wanted(target);
+    let mut stored = Written::stored(session, table)?;
+    if let Some(layered) = stored.as_mut().filter(|stored| stored.active.is_some()) {
+        if layers::is_whole(session, target)? {
+            let columns = columns(session, &base_table(table))?;
+            if !is_made_anew(target, &columns, Some(layered), &wanted.key)? {
+                let fits = layered.key == wanted.key && layered.definition == wanted.definition;
+                let fits = fits && layered.shape == wanted.shape && has_columns(target, &columns)?;
+                // What cannot be followed is refused by the way of plain tables.
+                return Ok(if fits { Prepared::Ready } else { Prepared::Layered });
+            }
         }
-        let is_new = columns.is_empty();
-        create_or_evolve(session, target, &columns)?;
-        match stored {
-            // Whoever dropped it, what its checkpoint says is no longer there.
-            Some(_) if is_new => {
-                reset_in(session, table)?;
-                wanted.update(session, table)
-            }
-            Some(stored) if stored.shape != NO_SHAPE => stored.follow(session, &wanted, table),
-            _ if !is_new && !is_empty(session, table)? => {
-                Err(target_mismatch(table, "it stands already and no projection has written it".into()))
-            }
-            Some(_) => wanted.update(session, table),
-            None => {
-                let values = [text(table), text(&wanted.shape), text(&wanted.key), text(&wanted.definition)];
-                session.execute(INSERT_METADATA, &values, METADATA).map(|_| ())
-            }
+        layers::drop_layers(session, target)?;
+        layered.active = None;
+    }
+    prepare_plain(session, target, &wanted, stored)?;
+    Ok(Prepared::Ready)
+}
+
+fn prepare_plain(session: &Session, target: &Target, wanted: &Written, stored: Option<Written>) -> Result<()> {
+    let table = &*target.projection;
+    let mut columns = columns(session, table)?;
+    if is_made_anew(target, &columns, stored.as_ref(), &wanted.key)? {
+        session.batch(&format!("drop table {}", quote_name(table)), table)?;
+        columns.clear();
+    }
+    let is_new = columns.is_empty();
+    create_or_evolve(session, target, &columns)?;
+    match stored {
+        // Whoever dropped it, what its checkpoint says is no longer there.
+        Some(_) if is_new => {
+            reset_in(session, table)?;
+            wanted.update(session, table)
         }
-    })
+        Some(stored) if stored.shape != NO_SHAPE => stored.follow(session, wanted, table),
+        _ if !is_new && !is_empty(session, table)? => {
+            Err(target_mismatch(table, "it stands already and no projection has written it".into()))
+        }
+        Some(_) => wanted.update(session, table),
+        None => {
+            let values = [text(table), text(&wanted.shape), text(&wanted.key), text(&wanted.definition)];
+            session.execute(INSERT_METADATA, &values, METADATA).map(|_| ())
+        }
+    }
+}
+
+/// Names and types of the table's columns, in order; none without the table.
+pub(super) fn columns(session: &Session, table: &str) -> Result<Vec<(String, String)>> {
+    session.rows(SELECT_COLUMNS, &[text(table)], table, |row| Ok((row.get(0)?, row.get(1)?)))
+}
+
+fn has_columns(target: &Target, columns: &[(String, String)]) -> Result<bool> {
+    for field in &table_fields(target) {
+        let wanted = described_type(field.data_type())?;
+        if !columns.iter().any(|(name, stored)| name.eq_ignore_ascii_case(field.name()) && *stored == wanted) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Equality of the key in `left` and `right`; the join that DuckDB makes best where no key is null.
+pub(super) fn same_key(target: &Target, left: &str, right: &str) -> String {
+    let equal = |name: &String| {
+        let nullable = target.columns.field_with_name(name).map_or(true, |field| field.is_nullable());
+        let comparison = if nullable { "is not distinct from" } else { "=" };
+        let name = quote_name(name);
+        format!("{left}.{name} {comparison} {right}.{name}")
+    };
+    target.key.iter().map(equal).collect::<Vec<_>>().join(" and ")
 }
 
 /// What a target was written as.
@@ -177,18 +256,25 @@ struct Written {
     shape: String,
     key: String,
     definition: String,
+    active: Option<Side>,
 }
 
 impl Written {
     fn wanted(target: &Target) -> Self {
         let (shape, key) = (shape_name(&target.shape).to_string(), serde_json::json!(target.key).to_string());
-        Self { shape, key, definition: target.definition.clone() }
+        Self { shape, key, definition: target.definition.clone(), active: None }
     }
 
     fn stored(session: &Session, table: &str) -> Result<Option<Self>> {
         let stored = session.rows(SELECT_SHAPE, &[text(table)], METADATA, |row| {
             let definition: Option<String> = row.get(2)?;
-            Ok(Self { shape: row.get(0)?, key: row.get(1)?, definition: definition.unwrap_or_default() })
+            let active: Option<String> = row.get(3)?;
+            Ok(Self {
+                shape: row.get(0)?,
+                key: row.get(1)?,
+                definition: definition.unwrap_or_default(),
+                active: active.as_deref().and_then(Side::named),
+            })
         });
         Ok(stored?.into_iter().next())
     }
@@ -277,6 +363,30 @@ pub(super) fn positions(session: &Session, projection: &str) -> Result<Option<Po
     Ok(if rows.is_empty() { None } else { Some(rows.into_iter().collect()) })
 }
 
+/// How a projection stands when a commit begins.
+pub(super) struct Standing {
+    pub checkpoint: Option<Positions>,
+    pub next_surrogate_key: i64,
+    pub active: Option<Side>,
+}
+
+/// `None`: the target was never prepared.
+pub(super) fn standing(session: &Session, projection: &str) -> Result<Option<Standing>> {
+    let rows = session.rows(SELECT_STANDING, &[text(projection)], CHECKPOINTS, |row| {
+        let source: Option<String> = row.get(0)?;
+        let position = match source {
+            Some(source) => Some((CaptureId::new(&source, &row.get::<_, String>(1)?), get_position(row, 2)?)),
+            None => None,
+        };
+        Ok((position, row.get::<_, i64>(4)?, row.get::<_, Option<String>>(5)?))
+    })?;
+    let Some((_, next_surrogate_key, active)) = rows.first() else { return Ok(None) };
+    let (next_surrogate_key, active) = (*next_surrogate_key, active.as_deref().and_then(Side::named));
+    let positions: Positions = rows.into_iter().filter_map(|(position, _, _)| position).collect();
+    let checkpoint = (!positions.is_empty()).then_some(positions);
+    Ok(Some(Standing { checkpoint, next_surrogate_key, active }))
+}
+
 pub(super) fn checkpoint(session: &Session, projection: &str) -> Result<Option<Checkpoint>> {
     session.transaction(CHECKPOINTS, |session| {
         let Some(positions) = positions(session, projection)? else { return Ok(None) };
@@ -292,22 +402,44 @@ pub(super) fn put_checkpoint(
     stored: Option<&Positions>,
     next: &Positions,
 ) -> Result<()> {
+    if let Some(position) = stored.and_then(|stored| one_position(stored, next)) {
+        let [lsn, seq] = position_values(&position);
+        let values = [lsn, seq, time(now()), text(projection)];
+        return session.execute(UPDATE_ALL_CHECKPOINTS, &values, CHECKPOINTS).map(|_| ());
+    }
+    let is_standing = |id: &CaptureId| stored.is_some_and(|stored| stored.contains_key(id));
+    let values = |id: &CaptureId, position: &Position| {
+        let [lsn, seq] = position_values(position);
+        [lsn, seq, text(&id.source), text(&id.instance)]
+    };
+    let moved: Vec<Value> =
+        next.iter().filter(|(id, _)| is_standing(id)).flat_map(|(id, position)| values(id, position)).collect();
+    if !moved.is_empty() {
+        let row = |at: usize| format!("(${}::blob, ${}::blob, ${}::varchar, ${}::varchar)", at, at + 1, at + 2, at + 3);
+        let rows: Vec<String> = (3..3 + moved.len()).step_by(4).map(row).collect();
+        let sql = format!("{UPDATE_CHECKPOINTS}{}{UPDATE_CHECKPOINTS_END}", rows.join(", "));
+        let values: Vec<Value> = [time(now()), text(projection)].into_iter().chain(moved).collect();
+        session.execute(&sql, &values, CHECKPOINTS)?;
+    }
     let mut sources: Vec<&str> = next.keys().map(|id| &*id.source).collect();
     sources.dedup();
-    for (id, position) in next {
-        let [lsn, seq] = position_values(position);
-        let mut values = vec![lsn, time(now()), seq, text(projection), text(&id.source), text(&id.instance)];
-        if session.execute(UPDATE_CHECKPOINT, &values, CHECKPOINTS)? == 0 {
-            let shown = if sources.len() > 1 { id.to_string() } else { id.instance.to_string() };
-            values.push(text(&shown));
-            session.execute(INSERT_CHECKPOINT, &values, CHECKPOINTS)?;
-        }
+    for (id, position) in next.iter().filter(|(id, _)| !is_standing(id)) {
+        let shown = if sources.len() > 1 { id.to_string() } else { id.instance.to_string() };
+        let values: Vec<Value> =
+            values(id, position).into_iter().chain([time(now()), text(projection), text(&shown)]).collect();
+        session.execute(INSERT_CHECKPOINT, &values, CHECKPOINTS)?;
     }
     for id in stored.into_iter().flat_map(Positions::keys).filter(|id| !next.contains_key(*id)) {
         let values = [text(projection), text(&id.source), text(&id.instance)];
         session.execute(DELETE_CHECKPOINT, &values, CHECKPOINTS)?;
     }
     Ok(())
+}
+
+/// Where all captures are in `next`, if that is one position and the captures are those that stand already.
+fn one_position(stored: &Positions, next: &Positions) -> Option<Position> {
+    let first = *next.values().next()?;
+    (stored.keys().eq(next.keys()) && next.values().all(|position| *position == first)).then_some(first)
 }
 
 pub(super) fn record_error(session: &Session, projection: &str, message: &str) -> Result<()> {

@@ -5,6 +5,7 @@ mod store;
 mod store_compact;
 mod store_contract;
 mod store_errors;
+mod store_layers;
 mod store_log;
 mod store_output;
 mod store_questions;

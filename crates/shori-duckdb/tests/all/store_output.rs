@@ -43,11 +43,11 @@ impl OutputReader for Parts {
     }
 }
 
-fn positions(step: u64) -> Positions {
+pub fn positions(step: u64) -> Positions {
     Positions::from([(id("orders"), at(step, 0))])
 }
 
-async fn commit(
+pub async fn commit(
     store: &DuckdbStore,
     target: &Target,
     steps: (u64, u64),
@@ -80,7 +80,7 @@ async fn commit_reader(
     store.commit_output(commit).await
 }
 
-fn rows_target() -> Target {
+pub fn rows_target() -> Target {
     let fields = vec![
         Field::new("minute", DataType::Int64, true),
         Field::new("segment", DataType::Utf8, false),
@@ -96,10 +96,10 @@ fn rows_target() -> Target {
     }
 }
 
-type Key = (Option<i64>, String);
-type Rows = BTreeMap<Key, Option<i64>>;
+pub type Key = (Option<i64>, String);
+pub type Rows = BTreeMap<Key, Option<i64>>;
 
-fn upserts(rows: &Rows) -> RecordBatch {
+pub fn upserts(rows: &Rows) -> RecordBatch {
     let columns: Vec<ArrayRef> = vec![
         Arc::new(rows.keys().map(|key| key.0).collect::<Int64Array>()),
         Arc::new(rows.keys().map(|key| Some(key.1.clone())).collect::<StringArray>()),
@@ -108,7 +108,7 @@ fn upserts(rows: &Rows) -> RecordBatch {
     RecordBatch::try_new(rows_target().columns, columns).unwrap()
 }
 
-fn deletes(keys: &[Key]) -> RecordBatch {
+pub fn deletes(keys: &[Key]) -> RecordBatch {
     let schema = rows_target().columns.project(&[0, 1]).unwrap();
     let columns: Vec<ArrayRef> = vec![
         Arc::new(keys.iter().map(|key| key.0).collect::<Int64Array>()),
@@ -117,7 +117,7 @@ fn deletes(keys: &[Key]) -> RecordBatch {
     RecordBatch::try_new(Arc::new(schema), columns).unwrap()
 }
 
-async fn stored_rows(store: &DuckdbStore) -> Vec<(Key, Option<i64>)> {
+pub async fn stored_rows(store: &DuckdbStore) -> Vec<(Key, Option<i64>)> {
     let mut rows = Vec::new();
     for batch in store.query("select minute, segment, amount from proj_kpi").await.unwrap() {
         let number = |column: usize, row: usize| {
@@ -285,15 +285,15 @@ async fn a_target_of_another_shape_is_refused_and_a_new_column_added() {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Version {
-    id: i64,
-    lsn: u64,
-    from: i64,
-    to: Option<i64>,
-    text: String,
+pub struct Version {
+    pub id: i64,
+    pub lsn: u64,
+    pub from: i64,
+    pub to: Option<i64>,
+    pub text: String,
 }
 
-fn versions_target() -> Target {
+pub fn versions_target() -> Target {
     let mut fields = vec![
         Field::new("order_key", DataType::Int64, false),
         Field::new("text", DataType::Utf8, true),
@@ -310,7 +310,7 @@ fn versions_target() -> Target {
     }
 }
 
-fn version_rows(versions: &[Version]) -> RecordBatch {
+pub fn version_rows(versions: &[Version]) -> RecordBatch {
     let times = |time: &dyn Fn(&Version) -> Option<i64>| -> ArrayRef {
         Arc::new(versions.iter().map(time).collect::<TimestampMicrosecondArray>())
     };
@@ -328,7 +328,7 @@ fn version_rows(versions: &[Version]) -> RecordBatch {
     RecordBatch::try_new(versions_target().columns, columns).unwrap()
 }
 
-fn closes(closes: &[(i64, i64)]) -> RecordBatch {
+pub fn closes(closes: &[(i64, i64)]) -> RecordBatch {
     let fields = vec![
         Field::new("order_key", DataType::Int64, false),
         Field::new("valid_to", DataType::Timestamp(TimeUnit::Microsecond, None), false),
@@ -341,7 +341,7 @@ fn closes(closes: &[(i64, i64)]) -> RecordBatch {
 }
 
 /// All versions, and by (key, commit) their surrogate keys.
-async fn stored_versions(store: &DuckdbStore) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
+pub async fn stored_versions(store: &DuckdbStore) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
     let (mut versions, mut surrogates) = (Vec::new(), BTreeMap::new());
     let sql =
         "select surrogate_key, order_key, text, valid_from, valid_to, is_current, __source_lsn from dim_orders_history";
