@@ -4,24 +4,23 @@
 //! store and transform use connections of their own.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use duckdb::{Config, Connection};
 use shori_core::{Error, ErrorKind, Result};
 
+use crate::checkpoint::{Checkpointer, Checkpoints};
 use crate::freed_memory::{self, Watch};
 use crate::known_targets::KnownTargets;
-use crate::scattered::{Due, Scattered, vectors_of};
-use crate::tail::JOIN_VALUES_MAX;
+use crate::scattered::Due;
 
-/// Size of a write-ahead log at which DuckDB folds it into the file: rarely enough not to hold up steady work, often
-/// enough for a quick start after a crash.
-const WAL_AUTOCHECKPOINT: &str = "64MiB";
+/// Join values that are compared with the lowest and highest of each part of a table: comparing more costs more than
+/// reading.
+const JOIN_VALUES_MAX: i64 = 1_024;
 
-/// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
-/// undone; where there is no room for it, DuckDB gives up the whole instance.
-const RESERVE_MIB: u64 = 64;
+/// Write-ahead logs are folded into their files by [`checkpoint`](crate::checkpoint), not by whose commit it happens to be.
+const WAL_AUTOCHECKPOINT: &str = "1TiB";
 
 /// Bounds of the instance.
 #[derive(Clone, Debug)]
@@ -35,21 +34,12 @@ pub struct Settings {
     pub inline: bool,
 }
 
-/// How often a checkpoint is tried that has to be made, before it is forced: forcing keeps a core busy while it waits for
-/// those who write, and holds up all who would begin.
-const ATTEMPTS: u32 = 200;
-const ATTEMPT_PAUSE: Duration = Duration::from_millis(10);
-
 /// A handle to the instance; clones share it.
 #[derive(Clone)]
 pub struct Database {
     root: Arc<Mutex<Connection>>,
-    memory_limit_mib: u64,
-    /// How many may use the reserve just now.
-    using_reserve: Arc<Mutex<usize>>,
-    scattered: Arc<Mutex<Scattered>>,
-    /// Held by the one who checkpoints.
-    checkpointing: Arc<Mutex<()>>,
+    checkpoints: Arc<Checkpoints>,
+    checkpointer: Option<Arc<Checkpointer>>,
     known_targets: Arc<KnownTargets>,
     inline: bool,
     /// What a new connection is told about time.
@@ -76,12 +66,13 @@ impl Database {
             true => None,
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
         };
+        let root = Arc::new(Mutex::new(root));
+        let checkpoints = Arc::new(Checkpoints::new(&root, settings.memory_limit_mib, settings.inline));
+        let checkpointer = if settings.inline { None } else { Checkpointer::start(&checkpoints) };
         Ok(Self {
-            root: Arc::new(Mutex::new(root)),
-            memory_limit_mib: settings.memory_limit_mib,
-            using_reserve: Arc::default(),
-            scattered: Arc::new(Mutex::new(Scattered::new(settings.memory_limit_mib))),
-            checkpointing: Arc::default(),
+            root,
+            checkpoints,
+            checkpointer: checkpointer.map(Arc::new),
             known_targets: Arc::default(),
             inline: settings.inline,
             set_time,
@@ -110,7 +101,10 @@ impl Database {
                 let cause = format!("the name {name} is that of {other}");
                 Err(Error::new(ErrorKind::Internal, "open", object(), cause))
             }
-            _ => Ok(()),
+            _ => {
+                self.checkpoints.attached(name, path);
+                Ok(())
+            }
         }
     }
 
@@ -142,77 +136,27 @@ impl Database {
 
     /// Ends the connection's transaction, undoing it, with some memory in reserve.
     pub(crate) fn roll_back(&self, connection: &Connection) -> duckdb::Result<()> {
-        self.with_reserve(|| connection.execute_batch("rollback"))
+        self.checkpoints.with_reserve(|| connection.execute_batch("rollback"))
     }
 
     /// Takes note that a committed transaction has deleted from at most so many vectors of a table of `catalog`.
     pub(crate) fn deleted(&self, catalog: &str, table: &str, vectors: u64) {
-        self.scattered().add(catalog, table, vectors);
+        self.checkpoints.deleted(catalog, table, vectors);
     }
 
-    /// Checkpoints `catalog` if deletions make that due; while others write, it has to wait for another time, but not for
-    /// ever. Only outside of a transaction.
+    /// Has `catalog` checkpointed if that is due; one that is overdue is made at once. Only outside of a transaction.
     pub(crate) fn checkpoint_if_due(&self, connection: &Connection, catalog: &str) {
-        let due = self.scattered().due(catalog, |table| vectors_of(connection, catalog, table));
-        if due != Due::No {
-            self.checkpoint(connection, catalog, due == Due::Overdue);
+        match (self.checkpoints.due(connection, catalog), &self.checkpointer) {
+            (Due::No, _) => {}
+            (Due::WhenFree, Some(checkpointer)) => checkpointer.ask(catalog),
+            (due, _) => self.checkpoints.run(connection, catalog, due == Due::Overdue),
         }
     }
 
-    /// After something has failed for want of memory: checkpoints what holds some, so that trying again may succeed. Only
-    /// outside of a transaction.
+    /// After something has failed for want of memory: makes room, so that trying again may succeed. Only outside of a
+    /// transaction.
     pub(crate) fn relieve(&self, connection: &Connection) {
-        let catalogs = self.scattered().catalogs();
-        for catalog in catalogs {
-            self.checkpoint(connection, &catalog, true);
-        }
-    }
-
-    /// With `wait`, those who write are waited for; where calls share one thread, they would wait for this one.
-    fn checkpoint(&self, connection: &Connection, catalog: &str, wait: bool) {
-        // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.
-        let _only = match self.checkpointing.try_lock() {
-            Ok(only) => only,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        let attempts = if wait && !self.inline { ATTEMPTS } else { 1 };
-        for attempt in 1..=attempts {
-            let force = if attempt == ATTEMPTS { "force " } else { "" };
-            let checkpoint = format!("{force}checkpoint {}", quote_name(catalog));
-            match self.with_reserve(|| traced(&checkpoint, || connection.execute_batch(&checkpoint))) {
-                Ok(()) => return self.scattered().clear(catalog),
-                Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
-            }
-            if attempt < attempts {
-                std::thread::sleep(ATTEMPT_PAUSE);
-            }
-        }
-    }
-
-    fn scattered(&self) -> MutexGuard<'_, Scattered> {
-        locked(&self.scattered)
-    }
-
-    fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.count_using_reserve(|count| count + 1, 1, self.memory_limit_mib + RESERVE_MIB);
-        let outcome = work();
-        self.count_using_reserve(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
-        outcome
-    }
-
-    /// Changes the count, and the memory limit if the count has then come to `edge`.
-    fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
-        let mut count = locked(&self.using_reserve);
-        *count = change(*count);
-        if *count != edge {
-            return;
-        }
-        let root = locked(&self.root);
-        if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
-            // Memory that is in use is not given back before its time: whoever uses the reserve next tries again.
-            tracing::debug!(%cause, limit_mib, "the memory limit stays as it is");
-        }
+        self.checkpoints.relieve(connection);
     }
 
     /// Runs blocking work off the async threads.

@@ -1,10 +1,10 @@
 //! DuckDB, embedded: as the place where state is kept and outputs are computed, and as a store.
 
+mod checkpoint;
 pub mod database;
 mod freed_memory;
 mod known_targets;
 mod scattered;
 pub mod store;
-mod tail;
 pub mod transform;
 mod types;

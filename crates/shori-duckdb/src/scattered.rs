@@ -7,8 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use duckdb::Connection;
 
-use crate::tail::rows_of;
-
 /// Rows of one of DuckDB's vectors.
 pub(crate) const VECTOR_ROWS: u64 = 2_048;
 
@@ -71,6 +69,13 @@ impl Scattered {
             _ => Due::No,
         }
     }
+}
+
+/// Rows of a table of schema `main`, deleted ones among them until they are swept up.
+pub(crate) fn rows_of(connection: &Connection, catalog: &str, table: &str) -> duckdb::Result<i64> {
+    let size = "select estimated_size from duckdb_tables()
+                where database_name = ? and schema_name = 'main' and table_name = ?";
+    connection.query_row(size, [catalog, table], |row| row.get(0))
 }
 
 /// How many vectors a table has; where that cannot be told, any number.

@@ -14,6 +14,7 @@ mod layout;
 mod output;
 mod query;
 mod read;
+mod rewrite;
 mod runs;
 mod session;
 mod target;

@@ -17,26 +17,18 @@ use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::captures::{self, id_values, unknown};
 use super::layout;
+use super::rewrite::rewrite;
 use super::session::{Session, blob, get_position, get_time, now, position_values, text, time, time_type};
 use crate::database::duckdb_error;
 
 const WATERMARKS: &str = "watermarks";
+const WATERMARKS_TABLE: &str = "ctl_ingestion_watermarks";
 
 const SELECT_TIMELINE: &str = "
 select source_name, capture_instance, staging_table, last_ingested_lsn, last_seq, boundary_lsn, boundary_seq,
     boundary_time
 from ctl_ingestion_watermarks
 where timeline = ?";
-
-const MOVE_TIMELINE: &str = "
-update ctl_ingestion_watermarks
-set last_ingested_lsn = ?, last_seq = ?, boundary_lsn = ?, boundary_seq = ?, boundary_time = ?, updated_at = ?
-where timeline = ?";
-
-const MOVE_CAPTURE: &str = "
-update ctl_ingestion_watermarks
-set last_ingested_lsn = ?, last_seq = ?, boundary_lsn = ?, boundary_seq = ?, boundary_time = ?, updated_at = ?
-where source_name = ? and capture_instance = ?";
 
 const INSERT_REJECTED: &str = "
 insert into ctl_rejected_changes
@@ -136,17 +128,21 @@ fn stored_timeline(session: &Session, timeline: &str) -> Result<BTreeMap<Capture
 fn move_watermarks(session: &Session, append: &OwnedAppend, stored: &BTreeMap<CaptureId, Stored>) -> Result<()> {
     let next = append.watermark;
     let moves = |known: &Stored| known.watermark.staged <= next.staged && known.watermark.boundary <= next.boundary;
-    let values = |watermark: &Watermark, whose: &[Value]| {
-        let mut values = Vec::with_capacity(8);
-        values.extend(position_values(&watermark.staged));
-        values.extend(position_values(&watermark.boundary));
-        values.extend([time(watermark.boundary_time), time(now())]);
-        values.extend_from_slice(whose);
-        values
+    let set = |watermark: &Watermark| {
+        let ([lsn, seq], [boundary_lsn, boundary_seq]) =
+            (position_values(&watermark.staged), position_values(&watermark.boundary));
+        [
+            ("last_ingested_lsn", lsn),
+            ("last_seq", seq),
+            ("boundary_lsn", boundary_lsn),
+            ("boundary_seq", boundary_seq),
+            ("boundary_time", time(watermark.boundary_time)),
+            ("updated_at", time(now())),
+        ]
     };
     if stored.len() == append.expected.len() && stored.values().all(moves) {
-        session.execute(MOVE_TIMELINE, &values(&next, &[text(&append.timeline)]), WATERMARKS)?;
-        return Ok(());
+        let timeline = [text(&append.timeline)];
+        return rewrite(session, WATERMARKS_TABLE, &set(&next), "timeline = ?", &timeline).map(|_| ());
     }
     for (id, known) in stored.iter().filter(|(id, _)| append.expected.contains_key(id)) {
         let mut moved = known.watermark;
@@ -154,7 +150,8 @@ fn move_watermarks(session: &Session, append: &OwnedAppend, stored: &BTreeMap<Ca
         if next.boundary > moved.boundary {
             (moved.boundary, moved.boundary_time) = (next.boundary, next.boundary_time);
         }
-        session.execute(MOVE_CAPTURE, &values(&moved, &id_values(id)), WATERMARKS)?;
+        let condition = "source_name = ? and capture_instance = ?";
+        rewrite(session, WATERMARKS_TABLE, &set(&moved), condition, &id_values(id))?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::layout::{self, Side};
 use super::output::{Form, Step, Written, create_temporary, drop_temporary, load_rows};
+use super::rewrite::rewrite;
 use super::session::{Session, blob_literal, now, text, time, time_type};
 use super::target;
 use crate::database::quote_name;
@@ -20,11 +21,6 @@ use crate::database::quote_name;
 const VERSIONS: &str = "shori_versions";
 const CLOSES: &str = "shori_closes";
 const CLOSED: &str = "shori_closed";
-
-const UPDATE_NEXT_KEY: &str = "
-update ctl_projection_metadata
-set next_surrogate_key = ?
-where projection_name = ?";
 
 /// What an output of versions has loaded so far.
 pub(super) struct Versions {
@@ -112,8 +108,9 @@ impl Versions {
             written.add(&self.replace(session, step, &mut next_key)?);
         }
         if next_key != self.first_key {
-            let values = [Value::BigInt(next_key), text(&step.target.projection)];
-            session.execute(UPDATE_NEXT_KEY, &values, &step.target.projection)?;
+            let set = [("next_surrogate_key", Value::BigInt(next_key))];
+            let projection = [text(&step.target.projection)];
+            rewrite(session, "ctl_projection_metadata", &set, "projection_name = ?", &projection)?;
         }
         Ok(written)
     }
@@ -123,8 +120,14 @@ impl Versions {
     /// Rows are taken out and put back, closed. An update in place keeps 24 KiB in memory for each column of each vector of
     /// rows that it meets, until the next checkpoint, and that one writes those columns anew.
     fn close(&self, session: &Session, step: &Step) -> Result<Written> {
+        let rows = self.close_in(session, step, &step.target.projection)?;
+        Ok(Written { rows, grown: 0, deleted: rows })
+    }
+
+    /// Closes the open versions that are in `table`, and returns how many.
+    fn close_in(&self, session: &Session, step: &Step, table: &str) -> Result<u64> {
         let object = &step.target.projection;
-        let table = quote_name(object);
+        let table = quote_name(table);
         let find = format!(
             "create or replace temp table {CLOSED} as \
              select t.* replace (l.valid_to as valid_to, false as is_current, ?::timestamp as updated_at) \
@@ -139,22 +142,16 @@ impl Versions {
         let insert = format!("insert into {table} by name select * exclude (shori_row) from temp.{CLOSED}");
         session.execute(&insert, &[], object)?;
         drop_temporary(session, CLOSED, rows)?;
-        Ok(Written { rows, grown: 0, deleted: rows })
+        Ok(rows)
     }
 
     /// Versions in the active overlay are closed there; whether there is one below is not asked, and the first end of a
-    /// key is the one that counts. What an update in place keeps in memory goes with the overlay.
+    /// key is the one that counts.
     fn close_layered(&self, session: &Session, step: &Step, side: Side) -> Result<Written> {
         let object = &step.target.projection;
-        let changes = quote_name(&layout::changes_table(object, side));
+        let changes = layout::changes_table(object, side);
         let ends = quote_name(&layout::ends_table(object, side));
-        let close = format!(
-            "update {changes} set valid_to = l.valid_to, is_current = false, updated_at = ? \
-             from temp.{CLOSES} as l where {} and {changes}.is_current and {changes}.surrogate_key < {}",
-            target::same_key(&step.target, &changes, "l"),
-            self.first_key
-        );
-        session.execute(&close, &[time(self.written_at)], object)?;
+        self.close_in(session, step, &changes)?;
         let end = format!(
             "insert into {ends} by name select l.*, ?::timestamp as updated_at from temp.{CLOSES} l \
              anti join {ends} e on {}",

@@ -101,6 +101,9 @@ create table if not exists ctl_projection_metadata (
 );
 alter table ctl_projection_metadata add column if not exists definition varchar;
 alter table ctl_projection_metadata add column if not exists active_layer varchar;
+create table if not exists ctl_checkpoints (
+    marked_at timestamp not null
+);
 create table if not exists pipeline_metadata (
     pipeline_name varchar not null,
     run_id varchar not null,

@@ -18,6 +18,7 @@ use super::append::append_rows;
 use super::history::Versions;
 use super::layers::{self, Reform};
 use super::layout::{GONE, Side};
+use super::rewrite::rewrite;
 use super::session::{Session, Sessions, blob, now, text, time};
 use super::{layout, target};
 use crate::database::quote_name;
@@ -33,11 +34,6 @@ const REFORMS_MAX: usize = 4;
 
 /// Upserts, and the keys of deletions with [`GONE`] set.
 const CHANGES: &str = "shori_changes";
-
-const UPDATE_METADATA: &str = "
-update ctl_projection_metadata
-set as_of_lsn = ?, as_of_time = ?, built_at = ?, status = ?, last_error = null, run_id = ?
-where projection_name = ?";
 
 /// What a commit is about, apart from its rows.
 #[derive(Clone)]
@@ -81,15 +77,15 @@ impl Step {
 
     fn update_metadata(&self, session: &Session) -> Result<()> {
         let table = &self.target.projection;
-        let values = [
-            self.as_of_lsn.map_or(Value::Null, |lsn| blob(lsn.as_slice())),
-            time(self.as_of_time),
-            time(now()),
-            text(if self.complete { "OK" } else { "INIT" }),
-            text(&self.run_id),
-            text(table),
+        let set = [
+            ("as_of_lsn", self.as_of_lsn.map_or(Value::Null, |lsn| blob(lsn.as_slice()))),
+            ("as_of_time", time(self.as_of_time)),
+            ("built_at", time(now())),
+            ("status", text(if self.complete { "OK" } else { "INIT" })),
+            ("last_error", Value::Null),
+            ("run_id", text(&self.run_id)),
         ];
-        session.execute(UPDATE_METADATA, &values, table).map(|_| ())
+        rewrite(session, "ctl_projection_metadata", &set, "projection_name = ?", &[text(table)]).map(|_| ())
     }
 }
 

@@ -14,7 +14,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use crate::database::{Database, duckdb_error, traced};
 use crate::known_targets::KnownTargets;
-use crate::tail::rows_of;
+use crate::scattered::rows_of;
 
 /// Connections that wait for use at most; more are closed.
 const IDLE_CONNECTIONS_MAX: usize = 4;

@@ -9,12 +9,14 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::layers;
 use super::layout::{self, Side, base_table};
+use super::rewrite::rewrite;
 use super::session::{Session, get_position, get_time, now, position_values, text, time};
 use crate::database::quote_name;
 use crate::types::duckdb_type;
 
 const METADATA: &str = "projection metadata";
 const CHECKPOINTS: &str = "projection checkpoints";
+const CHECKPOINTS_TABLE: &str = "ctl_projection_checkpoints";
 /// Longest message that `last_error` keeps.
 const LAST_ERROR_MAX_CHARS: usize = 4000;
 
@@ -49,21 +51,6 @@ const SELECT_AS_OF: &str = "
 select as_of_time
 from ctl_projection_metadata
 where projection_name = ?";
-
-/// All captures move to one position, which is the rule within a timeline.
-const UPDATE_ALL_CHECKPOINTS: &str = "
-update ctl_projection_checkpoints
-set last_consumed_lsn = ?, last_seq = ?, updated_at = ?
-where projection_name = ?";
-
-/// `$1` is the time, `$2` the projection; then come the values of each capture that moves, and the end.
-const UPDATE_CHECKPOINTS: &str = "
-update ctl_projection_checkpoints as standing
-set last_consumed_lsn = moved.lsn, updated_at = $1, last_seq = moved.seq
-from (values ";
-
-const UPDATE_CHECKPOINTS_END: &str = ") as moved (lsn, seq, source, instance)
-where projection_name = $2 and source_name = moved.source and instance_name = moved.instance";
 
 const INSERT_CHECKPOINT: &str = "
 insert into ctl_projection_checkpoints
@@ -402,31 +389,27 @@ pub(super) fn put_checkpoint(
     stored: Option<&Positions>,
     next: &Positions,
 ) -> Result<()> {
+    let set = |position: &Position| {
+        let [lsn, seq] = position_values(position);
+        [("last_consumed_lsn", lsn), ("last_seq", seq), ("updated_at", time(now()))]
+    };
     if let Some(position) = stored.and_then(|stored| one_position(stored, next)) {
-        let [lsn, seq] = position_values(&position);
-        let values = [lsn, seq, time(now()), text(projection)];
-        return session.execute(UPDATE_ALL_CHECKPOINTS, &values, CHECKPOINTS).map(|_| ());
+        let projection = [text(projection)];
+        return rewrite(session, CHECKPOINTS_TABLE, &set(&position), "projection_name = ?", &projection).map(|_| ());
     }
     let is_standing = |id: &CaptureId| stored.is_some_and(|stored| stored.contains_key(id));
-    let values = |id: &CaptureId, position: &Position| {
-        let [lsn, seq] = position_values(position);
-        [lsn, seq, text(&id.source), text(&id.instance)]
-    };
-    let moved: Vec<Value> =
-        next.iter().filter(|(id, _)| is_standing(id)).flat_map(|(id, position)| values(id, position)).collect();
-    if !moved.is_empty() {
-        let row = |at: usize| format!("(${}::blob, ${}::blob, ${}::varchar, ${}::varchar)", at, at + 1, at + 2, at + 3);
-        let rows: Vec<String> = (3..3 + moved.len()).step_by(4).map(row).collect();
-        let sql = format!("{UPDATE_CHECKPOINTS}{}{UPDATE_CHECKPOINTS_END}", rows.join(", "));
-        let values: Vec<Value> = [time(now()), text(projection)].into_iter().chain(moved).collect();
-        session.execute(&sql, &values, CHECKPOINTS)?;
+    for (id, position) in next.iter().filter(|(id, _)| is_standing(id)) {
+        let condition = "projection_name = ? and source_name = ? and instance_name = ?";
+        let values = [text(projection), text(&id.source), text(&id.instance)];
+        rewrite(session, CHECKPOINTS_TABLE, &set(position), condition, &values)?;
     }
     let mut sources: Vec<&str> = next.keys().map(|id| &*id.source).collect();
     sources.dedup();
     for (id, position) in next.iter().filter(|(id, _)| !is_standing(id)) {
         let shown = if sources.len() > 1 { id.to_string() } else { id.instance.to_string() };
-        let values: Vec<Value> =
-            values(id, position).into_iter().chain([time(now()), text(projection), text(&shown)]).collect();
+        let [lsn, seq] = position_values(position);
+        let (source, instance) = (text(&id.source), text(&id.instance));
+        let values = [lsn, seq, source, instance, time(now()), text(projection), text(&shown)];
         session.execute(INSERT_CHECKPOINT, &values, CHECKPOINTS)?;
     }
     for id in stored.into_iter().flat_map(Positions::keys).filter(|id| !next.contains_key(*id)) {

@@ -155,13 +155,7 @@ impl Computation<'_> {
         self.session.made(&format!("create or replace table {table} as {query}"))
     }
 
-    fn query(
-        &self,
-        sql: &SqlProjection,
-        shape: &Shape,
-        ranges: Option<Ranges>,
-        working: &mut Working,
-    ) -> Result<Laid> {
+    fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, working: &mut Working) -> Result<Laid> {
         let settled = results::settled(self.connection, &self.projection.name)?;
         let stands = settled.is_some() && (settled.as_ref() == self.since || !results::keeps_result(sql));
         let (Some(ranges), true) = (ranges, stands) else { return self.whole(sql, shape, working) };

@@ -1,0 +1,224 @@
+//! When files are checkpointed, and how that holds nobody up.
+//!
+//! A checkpoint takes up to a second. While some transaction reads an older state, DuckDB 1.5 lets others append and delete
+//! beside a checkpoint; with none, it makes everybody wait who would write. So one reads an older state, for that
+//! purpose alone. Rows updated in place keep such a checkpoint from beginning: what is changed at each step is taken out
+//! and put back instead.
+//!
+//! What a checkpoint beside others does not do is to sweep up deleted rows: that is for one that has the file for itself, as
+//! when it is closed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use duckdb::Connection;
+
+use crate::database::{locked, quote_name, traced};
+use crate::scattered::{Due, Scattered, vectors_of};
+
+/// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
+/// undone; where there is no room for it, DuckDB gives up the whole instance.
+const RESERVE_MIB: u64 = 64;
+
+/// Size of a write-ahead log at which it is folded into its file: rarely enough not to hold up steady work, often enough
+/// for a quick start after a crash.
+const LOG_BYTES: u64 = 64 << 20;
+/// From here on those who write are waited for.
+const LOG_BYTES_MAX: u64 = 16 * LOG_BYTES;
+
+/// How often a checkpoint is tried while others write, and how often one that has to be made, before it is forced: forcing
+/// keeps a core busy while it waits for those who write, and holds up all who would begin.
+const ATTEMPTS: u32 = 20;
+const ATTEMPTS_THAT_MUST: u32 = 200;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(10);
+
+/// A table with one row that is written so that the state before is an older one.
+pub(crate) const MARK_TABLE: &str = "ctl_checkpoints";
+
+/// What all handles to an instance, and the thread that checkpoints, share.
+pub(crate) struct Checkpoints {
+    root: Arc<Mutex<Connection>>,
+    memory_limit_mib: u64,
+    /// How many may use the reserve just now.
+    using_reserve: Mutex<usize>,
+    scattered: Mutex<Scattered>,
+    /// Where the write-ahead log of each catalog lies.
+    logs: Mutex<BTreeMap<String, PathBuf>>,
+    /// Held by the one who checkpoints.
+    running: Mutex<()>,
+    inline: bool,
+}
+
+impl Checkpoints {
+    pub fn new(root: &Arc<Mutex<Connection>>, memory_limit_mib: u64, inline: bool) -> Self {
+        Self {
+            root: root.clone(),
+            memory_limit_mib,
+            using_reserve: Mutex::default(),
+            scattered: Mutex::new(Scattered::new(memory_limit_mib)),
+            logs: Mutex::default(),
+            running: Mutex::default(),
+            inline,
+        }
+    }
+
+    pub fn attached(&self, catalog: &str, path: &Path) {
+        let mut log = path.as_os_str().to_owned();
+        log.push(".wal");
+        locked(&self.logs).insert(catalog.to_string(), log.into());
+    }
+
+    /// Takes note that a committed transaction has deleted from at most so many vectors of a table.
+    pub fn deleted(&self, catalog: &str, table: &str, vectors: u64) {
+        locked(&self.scattered).add(catalog, table, vectors);
+    }
+
+    /// Whether `catalog` is to be checkpointed: deletions lie all over its tables, or its log has grown.
+    pub fn due(&self, connection: &Connection, catalog: &str) -> Due {
+        let log = locked(&self.logs).get(catalog).cloned();
+        let bytes = log.and_then(|log| std::fs::metadata(log).ok()).map_or(0, |log| log.len());
+        match locked(&self.scattered).due(catalog, |table| vectors_of(connection, catalog, table)) {
+            Due::No if bytes > LOG_BYTES => Due::WhenFree,
+            _ if bytes > LOG_BYTES_MAX => Due::Overdue,
+            due => due,
+        }
+    }
+
+    /// After something has failed for want of memory: checkpoints what holds some, so that trying again may succeed. Only
+    /// outside of a transaction.
+    pub fn relieve(&self, connection: &Connection) {
+        let catalogs = locked(&self.scattered).catalogs();
+        for catalog in catalogs {
+            self.run(connection, &catalog, true);
+        }
+    }
+
+    /// With `must`, those who write are waited for; where calls share one thread, they would wait for this one. Only outside
+    /// of a transaction.
+    pub fn run(&self, connection: &Connection, catalog: &str, must: bool) {
+        // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.
+        let _only = match self.running.try_lock() {
+            Ok(only) => only,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let attempts = match must {
+            _ if self.inline => 1,
+            true => ATTEMPTS_THAT_MUST,
+            false => ATTEMPTS,
+        };
+        for attempt in 1..=attempts {
+            let forced = attempt == ATTEMPTS_THAT_MUST;
+            match self.with_reserve(|| self.attempt(connection, catalog, forced)) {
+                Ok(()) => return locked(&self.scattered).clear(catalog),
+                Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
+            }
+            if attempt < attempts {
+                thread::sleep(ATTEMPT_PAUSE);
+            }
+        }
+    }
+
+    fn attempt(&self, connection: &Connection, catalog: &str, forced: bool) -> duckdb::Result<()> {
+        let name = quote_name(catalog);
+        let checkpoint = format!("{}checkpoint {name}", if forced { "force " } else { "" });
+        // It ends with this attempt, and its transaction with it.
+        let _older = match self.inline || forced {
+            true => None,
+            false => self.older_reader(connection, &name)?,
+        };
+        traced(&checkpoint, || connection.execute_batch(&checkpoint))
+    }
+
+    /// A transaction that reads the state before the newest one. None where the catalog is no store's.
+    fn older_reader(&self, connection: &Connection, catalog: &str) -> duckdb::Result<Option<Connection>> {
+        let reader = locked(&self.root).try_clone()?;
+        let mark = format!("{catalog}.main.{MARK_TABLE}");
+        let begin = format!("begin; select count(*) from {mark}");
+        if let Err(cause) = reader.execute_batch(&begin) {
+            tracing::debug!(%cause, catalog, "a checkpoint has the file for itself");
+            return Ok(None);
+        }
+        let write =
+            format!("begin; delete from {mark}; insert into {mark} values (make_timestamp(epoch_us(now()))); commit");
+        if let Err(cause) = connection.execute_batch(&write) {
+            connection.execute_batch("rollback")?;
+            return Err(cause);
+        }
+        Ok(Some(reader))
+    }
+
+    /// Runs `work` with some memory above the limit.
+    pub fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.count_using_reserve(|count| count + 1, 1, self.memory_limit_mib + RESERVE_MIB);
+        let outcome = work();
+        self.count_using_reserve(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
+        outcome
+    }
+
+    /// Changes the count, and the memory limit if the count has then come to `edge`.
+    fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
+        let mut count = locked(&self.using_reserve);
+        *count = change(*count);
+        if *count != edge {
+            return;
+        }
+        let root = locked(&self.root);
+        if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
+            // Memory that is in use is not given back before its time: whoever uses the reserve next tries again.
+            tracing::debug!(%cause, limit_mib, "the memory limit stays as it is");
+        }
+    }
+}
+
+/// A thread that checkpoints, so that nobody waits for it who has only found that it is due. Dropping it waits for the
+/// checkpoint under way.
+pub(crate) struct Checkpointer {
+    wanted: Option<SyncSender<String>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Checkpointer {
+    /// Without a connection or thread of its own, nothing is begun: then who finds that a checkpoint is due makes it.
+    pub fn start(checkpoints: &Arc<Checkpoints>) -> Option<Self> {
+        let connection = locked(&checkpoints.root).try_clone();
+        let connection = connection.inspect_err(|error| tracing::debug!(%error, "no connection to checkpoint with"));
+        let (wanted, catalogs) = sync_channel(1);
+        let (connection, checkpoints) = (connection.ok()?, checkpoints.clone());
+        let work = move || checkpoint_all(&checkpoints, &connection, &catalogs);
+        let thread = thread::Builder::new().name("checkpoint".into()).spawn(work);
+        let thread = thread.inspect_err(|error| tracing::debug!(%error, "no thread to checkpoint with"));
+        Some(Self { wanted: Some(wanted), thread: Some(thread.ok()?) })
+    }
+
+    /// Asks for a checkpoint; one that waits already will do.
+    pub fn ask(&self, catalog: &str) {
+        if let Some(wanted) = &self.wanted {
+            // Where it is full, another one is asked for by the next who finds that it is due.
+            let _ = wanted.try_send(catalog.to_string());
+        }
+    }
+}
+
+fn checkpoint_all(checkpoints: &Checkpoints, connection: &Connection, catalogs: &Receiver<String>) {
+    while let Ok(catalog) = catalogs.recv() {
+        if checkpoints.due(connection, &catalog) != Due::No {
+            checkpoints.run(connection, &catalog, false);
+        }
+    }
+}
+
+impl Drop for Checkpointer {
+    fn drop(&mut self) {
+        drop(self.wanted.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::warn!("the thread that checkpoints has failed");
+        }
+    }
+}
