@@ -23,7 +23,7 @@ use crate::source::{BatchLimit, CaptureInfo, Resume, Source, SourceBatch, Starte
 use crate::store::{Append, Appended, CaptureState, Store};
 
 /// Appends for each step of a projector that is busy.
-const APPENDS_PER_STEP: u32 = 4;
+const APPENDS_PER_STEP: u32 = 2;
 /// Longest time that changes wait for others because of that.
 const LINGER_MAX: Duration = Duration::from_millis(500);
 

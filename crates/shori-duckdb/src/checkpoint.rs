@@ -5,19 +5,21 @@
 //! purpose alone. Rows updated in place keep such a checkpoint from beginning: what is changed at each step is taken out
 //! and put back instead.
 //!
-//! What a checkpoint beside others does not do is to sweep up deleted rows: that is for one that has the file for itself, as
-//! when it is closed.
+//! What a checkpoint beside others does not do is to sweep up deleted rows, and to give back the memory that they take: that is
+//! for one that has the file for itself. Such a one is made every ten minutes, when memory calls for it, and when the file is
+//! closed; never while row ids are in use.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use duckdb::Connection;
 
 use crate::database::{locked, quote_name, traced};
+use crate::known_targets::KnownTargets;
 use crate::scattered::{Due, Scattered, vectors_of};
 
 /// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
@@ -36,6 +38,9 @@ const ATTEMPTS: u32 = 20;
 const ATTEMPTS_THAT_MUST: u32 = 200;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(10);
 
+/// Time between two checkpoints that sweep up: what is held up by one is few of all changes.
+const SWEEP_EVERY: Duration = Duration::from_secs(600);
+
 /// A table with one row that is written so that the state before is an older one.
 pub(crate) const MARK_TABLE: &str = "ctl_checkpoints";
 
@@ -48,15 +53,22 @@ pub(crate) struct Checkpoints {
     scattered: Mutex<Scattered>,
     /// Where the write-ahead log of each catalog lies.
     logs: Mutex<BTreeMap<String, PathBuf>>,
-    /// Held by the one who checkpoints.
-    running: Mutex<()>,
+    /// Held by the one who checkpoints: when each catalog was last swept up.
+    running: Mutex<BTreeMap<String, Instant>>,
+    known_targets: Arc<KnownTargets>,
     inline: bool,
 }
 
 impl Checkpoints {
-    pub fn new(root: &Arc<Mutex<Connection>>, memory_limit_mib: u64, inline: bool) -> Self {
+    pub fn new(
+        root: &Arc<Mutex<Connection>>,
+        known_targets: &Arc<KnownTargets>,
+        memory_limit_mib: u64,
+        inline: bool,
+    ) -> Self {
         Self {
             root: root.clone(),
+            known_targets: known_targets.clone(),
             memory_limit_mib,
             using_reserve: Mutex::default(),
             scattered: Mutex::new(Scattered::new(memory_limit_mib)),
@@ -93,15 +105,19 @@ impl Checkpoints {
     pub fn relieve(&self, connection: &Connection) {
         let catalogs = locked(&self.scattered).catalogs();
         for catalog in catalogs {
-            self.run(connection, &catalog, true);
+            self.run_once(connection, &catalog, true, true);
         }
     }
 
     /// With `must`, those who write are waited for; where calls share one thread, they would wait for this one. Only outside
     /// of a transaction.
     pub fn run(&self, connection: &Connection, catalog: &str, must: bool) {
+        self.run_once(connection, catalog, must, false);
+    }
+
+    fn run_once(&self, connection: &Connection, catalog: &str, must: bool, sweep: bool) {
         // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.
-        let _only = match self.running.try_lock() {
+        let mut swept = match self.running.try_lock() {
             Ok(only) => only,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return,
@@ -111,9 +127,18 @@ impl Checkpoints {
             true => ATTEMPTS_THAT_MUST,
             false => ATTEMPTS,
         };
+        let is_worn = locked(&self.scattered).is_worn(catalog, |table| vectors_of(connection, catalog, table));
+        let since = swept.entry(catalog.to_string()).or_insert_with(Instant::now);
+        // Whoever folds goes by row ids.
+        let folding = self.known_targets.try_folding();
+        let sweep = folding.is_some() && (sweep || is_worn || since.elapsed() > SWEEP_EVERY);
         for attempt in 1..=attempts {
             let forced = attempt == ATTEMPTS_THAT_MUST;
-            match self.with_reserve(|| self.attempt(connection, catalog, forced)) {
+            match self.with_reserve(|| self.attempt(connection, catalog, forced, sweep)) {
+                Ok(()) if sweep => {
+                    *since = Instant::now();
+                    return locked(&self.scattered).swept(catalog);
+                }
                 Ok(()) => return locked(&self.scattered).clear(catalog),
                 Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
             }
@@ -123,11 +148,11 @@ impl Checkpoints {
         }
     }
 
-    fn attempt(&self, connection: &Connection, catalog: &str, forced: bool) -> duckdb::Result<()> {
+    fn attempt(&self, connection: &Connection, catalog: &str, forced: bool, sweep: bool) -> duckdb::Result<()> {
         let name = quote_name(catalog);
         let checkpoint = format!("{}checkpoint {name}", if forced { "force " } else { "" });
         // It ends with this attempt, and its transaction with it.
-        let _older = match self.inline || forced {
+        let _older = match self.inline || forced || sweep {
             true => None,
             false => self.older_reader(connection, &name)?,
         };

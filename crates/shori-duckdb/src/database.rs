@@ -67,13 +67,15 @@ impl Database {
             false => Watch::start(root.try_clone().map_err(fail)?, settings.memory_limit_mib),
         };
         let root = Arc::new(Mutex::new(root));
-        let checkpoints = Arc::new(Checkpoints::new(&root, settings.memory_limit_mib, settings.inline));
+        let known_targets = Arc::default();
+        let checkpoints = Checkpoints::new(&root, &known_targets, settings.memory_limit_mib, settings.inline);
+        let checkpoints = Arc::new(checkpoints);
         let checkpointer = if settings.inline { None } else { Checkpointer::start(&checkpoints) };
         Ok(Self {
             root,
             checkpoints,
             checkpointer: checkpointer.map(Arc::new),
-            known_targets: Arc::default(),
+            known_targets,
             inline: settings.inline,
             set_time,
             _freed_memory: watch.map(Arc::new),

@@ -4,7 +4,7 @@
 //! rows are estimates by which work is put off or begun; nothing but speed depends on them.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use shori_core::failpoint;
@@ -35,11 +35,19 @@ pub(crate) fn overlay_rows_max() -> u64 {
     4 * overlay_rows()
 }
 
+/// Deleted rows that a plain table may hold before it is written anew, unless it has as many live ones: they are read by
+/// every search until then, since a checkpoint beside others does not sweep them up.
+pub(crate) fn deleted_rows_max() -> u64 {
+    or_tested(100_000, 5)
+}
+
 /// What is known of a target.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Known {
     /// Rows of a plain table, or of a layered one's active overlay.
     pub rows: u64,
+    /// Deleted rows of a plain table, as far as this process has deleted them.
+    pub deleted: u64,
     /// The other overlay waits to be folded.
     pub frozen: bool,
     /// A fold is under way, or will be.
@@ -94,6 +102,15 @@ impl KnownTargets {
     /// Held by the one who folds, or brings a target from one form into another.
     pub fn folding(&self) -> MutexGuard<'_, ()> {
         locked(&self.folding)
+    }
+
+    /// As [`folding`](Self::folding), but `None` while somebody folds.
+    pub fn try_folding(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.folding.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 

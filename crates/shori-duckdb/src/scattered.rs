@@ -24,8 +24,11 @@ pub(crate) enum Due {
 /// Vectors that lost rows since the last checkpoint, by catalog and table.
 pub(crate) struct Scattered {
     tables: BTreeMap<(String, String), u64>,
-    /// From here on a checkpoint is made when nobody writes: a quarter of the memory, since a large table that is changed all
-    /// over takes much by each of its commits, and a checkpoint after each would hold up everything.
+    /// The same since the last one that had the file for itself: only that one sweeps up.
+    unswept: BTreeMap<(String, String), u64>,
+    /// From here on the next checkpoint has to sweep up.
+    worn: u64,
+    /// From here on a checkpoint is made beside those who write: a quarter of the memory.
     due: u64,
     /// From here on those who write are waited for.
     overdue: u64,
@@ -34,12 +37,20 @@ pub(crate) struct Scattered {
 impl Scattered {
     pub fn new(memory_limit_mib: u64) -> Self {
         let vectors = memory_limit_mib * 1024 / VECTOR_KIB;
-        Self { tables: BTreeMap::new(), due: vectors / 4, overdue: vectors / 2 }
+        Self {
+            tables: BTreeMap::new(),
+            unswept: BTreeMap::new(),
+            worn: vectors * 3 / 4,
+            due: vectors / 4,
+            overdue: vectors / 2,
+        }
     }
 
     pub fn add(&mut self, catalog: &str, table: &str, vectors: u64) {
         if vectors > 0 {
-            *self.tables.entry((catalog.to_string(), table.to_string())).or_default() += vectors;
+            for known in [&mut self.tables, &mut self.unswept] {
+                *known.entry((catalog.to_string(), table.to_string())).or_default() += vectors;
+            }
         }
     }
 
@@ -47,8 +58,25 @@ impl Scattered {
         self.tables.retain(|(known, _), _| known != catalog);
     }
 
+    /// A checkpoint has swept up.
+    pub fn swept(&mut self, catalog: &str) {
+        self.clear(catalog);
+        self.unswept.retain(|(known, _), _| known != catalog);
+    }
+
+    /// Whether a checkpoint of `catalog` has to sweep up: vectors that lost rows fill most of the memory.
+    pub fn is_worn(&mut self, catalog: &str, vectors_of: impl Fn(&str) -> u64) -> bool {
+        if self.unswept.values().sum::<u64>() <= self.worn {
+            return false;
+        }
+        for ((_, table), vectors) in self.unswept.iter_mut().filter(|((known, _), _)| known == catalog) {
+            *vectors = (*vectors).min(vectors_of(table));
+        }
+        self.unswept.values().sum::<u64>() > self.worn && self.unswept.keys().any(|(known, _)| known == catalog)
+    }
+
     pub fn catalogs(&self) -> BTreeSet<String> {
-        self.tables.keys().map(|(catalog, _)| catalog.clone()).collect()
+        self.unswept.keys().map(|(catalog, _)| catalog.clone()).collect()
     }
 
     /// Whether `catalog` is the one to be checkpointed. A vector may have been counted many times: no table counts for more
@@ -117,6 +145,21 @@ mod tests {
         assert_eq!(scattered.catalogs().len(), 1);
         scattered.clear("serving");
         assert_eq!(scattered.due("serving", |_| u64::MAX), Due::No);
+    }
+
+    #[test]
+    fn only_what_sweeps_up_ends_the_wear() {
+        let mut scattered = scattered();
+        scattered.add("serving", "large", 3_000);
+        scattered.clear("serving");
+        assert!(!scattered.is_worn("serving", |_| u64::MAX));
+        scattered.add("serving", "large", 73);
+        scattered.clear("serving");
+        assert!(scattered.is_worn("serving", |_| u64::MAX) && !scattered.is_worn("cache", |_| u64::MAX));
+        scattered.swept("serving");
+        assert!(!scattered.is_worn("serving", |_| u64::MAX));
+        scattered.add("serving", "small", 5_000);
+        assert!(!scattered.is_worn("serving", |_| 80));
     }
 
     #[test]

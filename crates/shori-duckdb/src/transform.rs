@@ -92,6 +92,17 @@ impl Drop for Attached {
     }
 }
 
+impl Drop for DuckdbTransform {
+    fn drop(&mut self) {
+        // Who still works on it is not waited for: the file then counts as one that was not closed.
+        if let Ok(writer) = self.writer.try_lock()
+            && let Err(error) = file::mark_closed(&writer)
+        {
+            tracing::debug!(%error, "the state file is not marked as closed");
+        }
+    }
+}
+
 /// A step being applied: its transaction is open as long as this lives.
 struct OpenStep {
     writer: OwnedMutexGuard<Connection>,

@@ -100,7 +100,7 @@ fn open_some(loaded: &Loaded, wanted: &dyn Fn(&StoreConfig) -> bool) -> Result<O
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let database = Database::open(&database::Settings {
         memory_limit_mib: memory.limit_mib,
-        threads: if memory.threads == 0 { cores } else { memory.threads },
+        threads: if memory.threads == 0 { (cores - 1).max(1) } else { memory.threads },
         spill_directory: directory.join("spill"),
         inline: false,
     })?;

@@ -6,9 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BinaryArray, BinaryBuilder, RecordBatch, TimestampMicrosecondArray};
-use arrow::datatypes::{DataType, Field, Schema};
-use duckdb::types::Value;
+use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, BinaryBuilder, RecordBatch, TimestampMicrosecondArray};
+use arrow::datatypes::{DataType, Field, Schema, TimestampMicrosecondType};
 use shori_core::change::ChangeBatch;
 use shori_core::position::{CaptureId, Micros, Position, SortKey, Watermark};
 use shori_core::source::{CaptureInfo, Rejected, SnapshotProgress};
@@ -17,18 +16,12 @@ use shori_core::{Error, ErrorKind, Result, failpoint};
 
 use super::captures::{self, id_values, unknown};
 use super::layout;
-use super::rewrite::rewrite;
-use super::session::{Session, blob, get_position, get_time, now, position_values, text, time, time_type};
+use super::rewrite::{Taken, rewrite};
+use super::session::{Session, blob, now, position_values, text, time, time_type};
 use crate::database::duckdb_error;
 
 const WATERMARKS: &str = "watermarks";
 const WATERMARKS_TABLE: &str = "ctl_ingestion_watermarks";
-
-const SELECT_TIMELINE: &str = "
-select source_name, capture_instance, staging_table, last_ingested_lsn, last_seq, boundary_lsn, boundary_seq,
-    boundary_time
-from ctl_ingestion_watermarks
-where timeline = ?";
 
 const INSERT_REJECTED: &str = "
 insert into ctl_rejected_changes
@@ -69,7 +62,9 @@ pub(super) fn append(session: &Session, append: &OwnedAppend) -> Result<Appended
 }
 
 fn append_once(session: &Session, append: &OwnedAppend) -> Result<Appended> {
-    let stored = stored_timeline(session, &append.timeline)?;
+    // Where two writers meet: the second one fails here, before it has written rows.
+    let taken = Taken::take(session, WATERMARKS_TABLE, "timeline = ?", &[text(&append.timeline)])?;
+    let stored = stored_captures(&taken)?;
     let mut applied = true;
     let mut conflict = false;
     for (id, expected) in &append.expected {
@@ -78,13 +73,12 @@ fn append_once(session: &Session, append: &OwnedAppend) -> Result<Appended> {
         conflict |= watermark.staged != *expected;
     }
     if applied {
-        return Ok(Appended::AlreadyApplied);
+        return taken.put(session, &[]).map(|()| Appended::AlreadyApplied);
     }
     if conflict {
-        return Ok(Appended::Conflict);
+        return taken.put(session, &[]).map(|()| Appended::Conflict);
     }
-    // First, so that a writer who lost learns it before it has written rows.
-    move_watermarks(session, append, &stored)?;
+    move_watermarks(session, append, taken, &stored)?;
     for info in &append.schemas {
         captures::take_schema(session, &captures::one(session, &info.id)?, &info.schema)?;
     }
@@ -111,21 +105,41 @@ fn append_once(session: &Session, append: &OwnedAppend) -> Result<Appended> {
     Ok(Appended::Applied { rows })
 }
 
-fn stored_timeline(session: &Session, timeline: &str) -> Result<BTreeMap<CaptureId, Stored>> {
-    let rows = session.rows(SELECT_TIMELINE, &[text(timeline)], WATERMARKS, |row| {
-        let (source, instance): (String, String) = (row.get(0)?, row.get(1)?);
-        let watermark = Watermark {
-            staged: get_position(row, 3)?,
-            boundary: get_position(row, 5)?,
-            boundary_time: get_time(row, 7)?.unwrap_or_default(),
-        };
-        Ok((CaptureId::new(&source, &instance), Stored { staging_table: row.get(2)?, watermark }))
-    })?;
-    Ok(rows.into_iter().collect())
+fn stored_captures(taken: &Taken) -> Result<BTreeMap<CaptureId, Stored>> {
+    let names = |column| taken.column(column).filter_map(|array| array.as_string_opt::<i32>());
+    let bytes = |column| taken.column(column).filter_map(|array| array.as_binary_opt::<i32>());
+    let times = taken.column("boundary_time").filter_map(|array| array.as_primitive_opt::<TimestampMicrosecondType>());
+    let ids = names("source_name").zip(names("capture_instance")).zip(names("staging_table"));
+    let staged = bytes("last_ingested_lsn").zip(bytes("last_seq"));
+    let boundaries = bytes("boundary_lsn").zip(bytes("boundary_seq")).zip(times);
+    let mut stored = BTreeMap::new();
+    for ((((sources, instances), tables), (lsns, seqs)), ((boundary_lsns, boundary_seqs), times)) in
+        ids.zip(staged).zip(boundaries)
+    {
+        for row in 0..sources.len() {
+            let watermark = Watermark {
+                staged: Position::from_slices(lsns.value(row), seqs.value(row))?,
+                boundary: Position::from_slices(boundary_lsns.value(row), boundary_seqs.value(row))?,
+                boundary_time: if times.is_null(row) { 0 } else { times.value(row) },
+            };
+            let known = Stored { staging_table: tables.value(row).to_string(), watermark };
+            stored.insert(CaptureId::new(sources.value(row), instances.value(row)), known);
+        }
+    }
+    if stored.len() != taken.rows() {
+        let cause = "a row has columns of other types than this program writes";
+        return Err(Error::new(ErrorKind::Corrupt, "read", WATERMARKS, cause));
+    }
+    Ok(stored)
 }
 
-/// One statement where all captures of the timeline move alike, which is the rule.
-fn move_watermarks(session: &Session, append: &OwnedAppend, stored: &BTreeMap<CaptureId, Stored>) -> Result<()> {
+/// All at once where all captures of the timeline move alike, which is the rule.
+fn move_watermarks(
+    session: &Session,
+    append: &OwnedAppend,
+    taken: Taken,
+    stored: &BTreeMap<CaptureId, Stored>,
+) -> Result<()> {
     let next = append.watermark;
     let moves = |known: &Stored| known.watermark.staged <= next.staged && known.watermark.boundary <= next.boundary;
     let set = |watermark: &Watermark| {
@@ -141,9 +155,9 @@ fn move_watermarks(session: &Session, append: &OwnedAppend, stored: &BTreeMap<Ca
         ]
     };
     if stored.len() == append.expected.len() && stored.values().all(moves) {
-        let timeline = [text(&append.timeline)];
-        return rewrite(session, WATERMARKS_TABLE, &set(&next), "timeline = ?", &timeline).map(|_| ());
+        return taken.put(session, &set(&next));
     }
+    taken.put(session, &[])?;
     for (id, known) in stored.iter().filter(|(id, _)| append.expected.contains_key(id)) {
         let mut moved = known.watermark;
         moved.staged = moved.staged.max(next.staged);

@@ -1,7 +1,8 @@
-//! Folding a layered target's resting overlay into its base: one transaction that no reader sees anything of.
+//! Folding a layered target's resting overlay into its base: no reader sees anything of it.
 //!
 //! It writes the base and the resting overlay alone, and commits write neither, so both go on side by side. A fold that fails
-//! has changed nothing and is tried again; one that a crash cuts short is found by the next commit.
+//! or is cut short by a crash is found by the next commit and begun again; what it has done by then counts for nothing, or is
+//! not done again. Row ids hold while it goes on: a checkpoint that could move rows waits for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,7 @@ use crate::scattered::VECTOR_ROWS;
 /// Targets that wait to be folded.
 const WAITING_MAX: usize = 64;
 const CLOSED: &str = "shori_folded";
+const FOUND: &str = "shori_found";
 
 /// A thread that folds, beside commits. Dropping it waits for the fold under way.
 pub(super) struct Folder {
@@ -100,16 +102,115 @@ fn attempt(sessions: &Arc<Sessions>, target: &Target) {
     known.change(&sessions.catalog, &target.projection, |known| known.folded(folded.is_ok()));
 }
 
-/// Folds the overlay that rests, if it holds anything.
+/// Rows that one transaction of a fold writes: others wait for its commit as long as it takes.
+const PART_ROWS: u64 = 25_000;
+
+/// Folds the overlay that rests, if it holds anything: in many small transactions, none of which changes what a reader sees,
+/// since the overlay counts until it is emptied, last of all. One that was cut short is begun again.
 pub(super) fn fold(session: &Session, target: &Target) -> Result<()> {
     let (name, _only) = (&*target.projection, session.known_targets().folding());
-    let deleted = session.transaction(name, |session| match layers::active(session, name)? {
-        Some(active) => fold_side(session, target, active.other()),
-        None => Ok(0),
+    let side = session.transaction(name, |session| match layers::active(session, name)? {
+        Some(active) if layers::holds_rows(session, target, active.other())? => Ok(Some(active.other())),
+        _ => Ok(None),
     })?;
-    session.deleted(&base_table(name), deleted);
+    if let Some(side) = side {
+        let deleted = match target.shape {
+            TargetShape::Rows => fold_rows_in_parts(session, target, side),
+            TargetShape::Versions => fold_versions_in_parts(session, target, side),
+        }?;
+        session.transaction(name, |session| layers::create_overlay(session, target, side))?;
+        session.deleted(&base_table(name), deleted);
+    }
     session.known_targets().change(session.catalog(), name, |known| known.frozen = false);
     Ok(())
+}
+
+/// Row ids of the overlay are those of its rows in order: nobody deletes from it while it rests.
+fn parts(session: &Session, table: &str) -> Result<impl Iterator<Item = String>> {
+    let end = session.number(&format!("select coalesce(max(rowid) + 1, 0)::bigint from {table}"), table)?.max(0) as u64;
+    let part = |start: u64| format!("rowid >= {start} and rowid < {}", start + PART_ROWS);
+    Ok((0..end).step_by(PART_ROWS as usize).map(part))
+}
+
+/// Rows of the base that are replaced or gone are found once, and deleted in the order in which they lie.
+fn fold_rows_in_parts(session: &Session, target: &Target, side: Side) -> Result<u64> {
+    let name = &*target.projection;
+    let (base, changes) = (quote_name(&base_table(name)), quote_name(&changes_table(name, side)));
+    let find = format!(
+        "create or replace temp table {FOUND} as
+         select {base}.rowid as shori_row from {base} semi join {changes} as l on {} order by shori_row",
+        target::same_key(target, &base, "l")
+    );
+    session.batch(&find, FOUND)?;
+    for part in parts(session, &format!("temp.{FOUND}"))? {
+        session.transaction(name, |session| delete_found(session, name, &part))?;
+        failpoint::reached(failpoint::STORE_INSIDE_FOLD);
+    }
+    for part in parts(session, &changes)? {
+        let insert =
+            format!("insert into {base} by name select * exclude ({GONE}) from {changes} where not {GONE} and {part}");
+        session.transaction(name, |session| session.execute(&insert, &[], name))?;
+    }
+    vectors_and_drop(session)
+}
+
+/// Deletes from the base what a part of the found rows names; only the rows between its first and last are read.
+fn delete_found(session: &Session, name: &str, part: &str) -> Result<()> {
+    let bounds = format!("select min(shori_row), max(shori_row) from temp.{FOUND} where {part}");
+    let bounds =
+        session.rows(&bounds, &[], FOUND, |row| Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<i64>>(1)?)))?;
+    let Some((Some(first), Some(last))) = bounds.first() else { return Ok(()) };
+    let delete = format!(
+        "delete from {} where rowid between {first} and {last}
+         and rowid in (select shori_row from temp.{FOUND} where {part})",
+        quote_name(&base_table(name))
+    );
+    session.execute(&delete, &[], name).map(|_| ())
+}
+
+fn fold_versions_in_parts(session: &Session, target: &Target, side: Side) -> Result<u64> {
+    let name = &*target.projection;
+    let (base, changes) = (quote_name(&base_table(name)), quote_name(&changes_table(name, side)));
+    session.batch(&find_ended(target, side, FOUND), FOUND)?;
+    for part in parts(session, &format!("temp.{FOUND}"))? {
+        let put = format!("insert into {base} by name select * exclude (shori_row) from temp.{FOUND} where {part}");
+        session.transaction(name, |session| {
+            delete_found(session, name, &part)?;
+            session.execute(&put, &[], name)
+        })?;
+        failpoint::reached(failpoint::STORE_INSIDE_FOLD);
+    }
+    // They have ended what they can, and must not end what comes into the base now.
+    let ended = format!("delete from {}", quote_name(&ends_table(name, side)));
+    session.transaction(name, |session| session.execute(&ended, &[], name))?;
+    for part in parts(session, &changes)? {
+        session.transaction(name, |session| {
+            session.execute(&format!("insert into {base} by name from {changes} where {part}"), &[], name)?;
+            session.execute(&format!("delete from {changes} where {part}"), &[], name)
+        })?;
+    }
+    vectors_and_drop(session)
+}
+
+/// How many vectors of the base lost rows.
+fn vectors_and_drop(session: &Session) -> Result<u64> {
+    let vectors = format!("select count(distinct shori_row // {VECTOR_ROWS}) from temp.{FOUND}");
+    let deleted = session.number(&vectors, FOUND)?.max(0) as u64;
+    session.batch(&format!("drop table temp.{FOUND}"), FOUND)?;
+    Ok(deleted)
+}
+
+/// Makes `found`: current versions of the base that the overlay ends, as they will be, by their row ids.
+fn find_ended(target: &Target, side: Side, found: &str) -> String {
+    let name = &*target.projection;
+    format!(
+        "create or replace temp table {found} as
+         select r.* replace (l.valid_to as valid_to, false as is_current, l.updated_at as updated_at)
+         from (select rowid as shori_row, * from {} where is_current) r join {} l on {} order by shori_row",
+        quote_name(&base_table(name)),
+        quote_name(&ends_table(name, side)),
+        target::same_key(target, "r", "l")
+    )
 }
 
 /// Brings an overlay into the base, within the caller's transaction. Returns how many vectors of the base lost rows, at most.
@@ -141,14 +242,8 @@ fn fold_rows(session: &Session, target: &Target, side: Side) -> Result<u64> {
 fn fold_versions(session: &Session, target: &Target, side: Side) -> Result<u64> {
     let name = &*target.projection;
     let base = quote_name(&base_table(name));
-    let (changes, ends) = (quote_name(&changes_table(name, side)), quote_name(&ends_table(name, side)));
-    let find = format!(
-        "create or replace temp table {CLOSED} as
-         select r.* replace (l.valid_to as valid_to, false as is_current, l.updated_at as updated_at)
-         from (select rowid as shori_row, * from {base} where is_current) r join {ends} l on {}",
-        target::same_key(target, "r", "l")
-    );
-    session.batch(&find, CLOSED)?;
+    let changes = quote_name(&changes_table(name, side));
+    session.batch(&find_ended(target, side, CLOSED), CLOSED)?;
     let delete = format!("delete from {base} where rowid in (select shori_row from temp.{CLOSED})");
     session.execute(&delete, &[], name)?;
     failpoint::reached(failpoint::STORE_INSIDE_FOLD);

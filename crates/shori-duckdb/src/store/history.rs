@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow::datatypes::{DataType, Field, Schema};
-use duckdb::types::Value;
 use shori_core::position::Micros;
 use shori_core::projection::history;
 use shori_core::store::OutputKind;
@@ -13,7 +12,6 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::layout::{self, Side};
 use super::output::{Form, Step, Written, create_temporary, drop_temporary, load_rows};
-use super::rewrite::rewrite;
 use super::session::{Session, blob_literal, now, text, time, time_type};
 use super::target;
 use crate::database::quote_name;
@@ -90,10 +88,10 @@ impl Versions {
     }
 
     /// Closes, replaces and inserts what has been loaded.
-    pub fn apply(&self, session: &Session, step: &Step) -> Result<Written> {
+    pub fn apply(&self, session: &Session, step: &Step, next_key: &mut i64) -> Result<Written> {
         let inserted = (self.next_key - self.first_key) as u64;
         let mut written = Written { rows: inserted, grown: inserted, deleted: 0 };
-        let mut next_key = self.next_key;
+        *next_key = self.next_key;
         if self.close_rows > 0 && self.form != Form::Empty {
             let closed = match self.form {
                 Form::Layered(side) => self.close_layered(session, step, side)?,
@@ -105,12 +103,7 @@ impl Versions {
             drop_temporary(session, CLOSES, self.close_rows)?;
         }
         if self.direct.is_none() {
-            written.add(&self.replace(session, step, &mut next_key)?);
-        }
-        if next_key != self.first_key {
-            let set = [("next_surrogate_key", Value::BigInt(next_key))];
-            let projection = [text(&step.target.projection)];
-            rewrite(session, "ctl_projection_metadata", &set, "projection_name = ?", &projection)?;
+            written.add(&self.replace(session, step, next_key)?);
         }
         Ok(written)
     }

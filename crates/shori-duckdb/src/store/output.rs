@@ -18,11 +18,12 @@ use super::append::append_rows;
 use super::history::Versions;
 use super::layers::{self, Reform};
 use super::layout::{GONE, Side};
-use super::rewrite::rewrite;
+use super::rewrite::Taken;
 use super::session::{Session, Sessions, blob, now, text, time};
+use super::target::Standing;
 use super::{layout, target};
 use crate::database::quote_name;
-use crate::known_targets::{Known, large_from_rows, overlay_rows, overlay_rows_max};
+use crate::known_targets::{Known, deleted_rows_max, large_from_rows, overlay_rows, overlay_rows_max};
 
 /// Rows that are gathered before they are loaded.
 const LOAD_ROWS: usize = 65_536;
@@ -75,8 +76,7 @@ impl Step {
         }
     }
 
-    fn update_metadata(&self, session: &Session) -> Result<()> {
-        let table = &self.target.projection;
+    fn put_metadata(&self, session: &Session, taken: Taken, next_surrogate_key: i64) -> Result<()> {
         let set = [
             ("as_of_lsn", self.as_of_lsn.map_or(Value::Null, |lsn| blob(lsn.as_slice()))),
             ("as_of_time", time(self.as_of_time)),
@@ -84,8 +84,9 @@ impl Step {
             ("status", text(if self.complete { "OK" } else { "INIT" })),
             ("last_error", Value::Null),
             ("run_id", text(&self.run_id)),
+            ("next_surrogate_key", Value::BigInt(next_surrogate_key)),
         ];
-        rewrite(session, "ctl_projection_metadata", &set, "projection_name = ?", &[text(table)]).map(|_| ())
+        taken.put(session, &set)
     }
 }
 
@@ -107,7 +108,8 @@ pub(super) enum Form {
 pub(super) struct OpenOutput {
     session: Session,
     step: Step,
-    stored: Option<Positions>,
+    /// Control rows, taken out.
+    standing: Standing,
     form: Form,
     /// What was known of the target when the transaction began.
     known: Known,
@@ -206,7 +208,7 @@ enum Tried {
 fn begin_once(session: Session, step: &Step) -> Result<Tried> {
     let table = &*step.target.projection;
     session.batch("begin", table)?;
-    let Some(standing) = target::standing(&session, table)? else {
+    let Some(standing) = target::take_standing(&session, table)? else {
         return Err(Error::new(ErrorKind::Internal, "write", format!("target {table}"), "it was never prepared"));
     };
     if let Some(verdict) = step.verdict(standing.checkpoint.as_ref()) {
@@ -214,8 +216,6 @@ fn begin_once(session: Session, step: &Step) -> Result<Tried> {
         session.give_back();
         return Ok(Tried::Begun(Begun::Ended(verdict)));
     }
-    // The row by which two writers of one projection meet: the second one fails here, before it has read any rows.
-    step.update_metadata(&session)?;
     let known = known(&session, &step.target, standing.active)?;
     let is_incremental = matches!(step.kind, OutputKind::Merge | OutputKind::Versions);
     let reform = match standing.active {
@@ -242,8 +242,8 @@ fn begin_once(session: Session, step: &Step) -> Result<Tried> {
         }
         OutputKind::Merge | OutputKind::Replace => None,
     };
-    let (step, stored, loads) = (step.clone(), standing.checkpoint, Loads::default());
-    Ok(Tried::Begun(Begun::Open(Box::new(OpenOutput { session, step, stored, form, known, loads, versions }))))
+    let (step, loads) = (step.clone(), Loads::default());
+    Ok(Tried::Begun(Begun::Open(Box::new(OpenOutput { session, step, standing, form, known, loads, versions }))))
 }
 
 /// What is known of the target, looked up where nothing is, or where it decides.
@@ -320,13 +320,14 @@ impl OpenOutput {
         )
     }
 
-    pub fn finish(self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Finished> {
+    pub fn finish(mut self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Finished> {
         match self.finish_once() {
             Ok((written, swapped)) => {
                 let (name, known_targets) = (&*self.step.target.projection, self.session.known_targets());
                 self.session.deleted(name, written.deleted);
                 // A fold may have ended meanwhile: what else is known stays.
                 let to_fold = known_targets.change(self.session.catalog(), name, |known| {
+                    known.deleted = self.known.deleted;
                     known.rows = if swapped { 0 } else { self.known.rows + written.grown };
                     known.frozen |= swapped;
                     known.ask()
@@ -344,10 +345,10 @@ impl OpenOutput {
     }
 
     /// What was written, and whether the overlays have changed places.
-    fn finish_once(&self) -> Result<(Written, bool)> {
-        let (session, step) = (&self.session, &self.step);
-        let written = match (&self.versions, step.kind) {
-            (Some(versions), _) => versions.apply(session, step)?,
+    fn finish_once(&mut self) -> Result<(Written, bool)> {
+        let mut next_key = self.standing.next_surrogate_key;
+        let written = match (&self.versions, self.step.kind) {
+            (Some(versions), _) => versions.apply(&self.session, &self.step, &mut next_key)?,
             (None, _) if self.form == Form::Empty => {
                 Written { rows: self.loads.upsert_rows, grown: self.loads.upsert_rows, deleted: 0 }
             }
@@ -355,14 +356,24 @@ impl OpenOutput {
             (None, _) => self.merge()?,
         };
         failpoint::reached(failpoint::STORE_INSIDE_OUTPUT);
-        let table = &step.target.projection;
-        target::put_checkpoint(session, table, self.stored.as_ref(), &step.checkpoint)?;
+        let (session, step, table) = (&self.session, &self.step, &self.step.target.projection);
+        let standing = &mut self.standing;
+        step.put_metadata(session, standing.metadata.take_all(), next_key)?;
+        let checkpoints = standing.checkpoints.take_all();
+        target::put_checkpoint(session, table, checkpoints, standing.checkpoint.as_ref(), &step.checkpoint)?;
         let swapped = match self.form {
             Form::Layered(side) if self.known.rows + written.grown >= overlay_rows() && !self.is_frozen() => {
                 layers::swap(session, &step.target, side)?
             }
             _ => false,
         };
+        let deleted = self.known.deleted + written.deleted;
+        let is_worn = self.form == Form::Plain && deleted > deleted_rows_max().max(self.known.rows);
+        if is_worn {
+            let name = quote_name(table);
+            session.batch(&format!("create or replace table {name} as from {name}"), table)?;
+        }
+        self.known.deleted = if is_worn { 0 } else { deleted };
         if self.loads.has_changes {
             drop_temporary(session, CHANGES, self.loads.upsert_rows + self.loads.delete_rows)?;
         }

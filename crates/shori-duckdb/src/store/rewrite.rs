@@ -12,35 +12,66 @@ use duckdb::types::{TimeUnit, Value};
 use shori_core::{Error, ErrorKind, Result};
 
 use super::session::Session;
-use crate::database::{duckdb_error, quote_name, traced};
+use crate::database::{duckdb_error, traced};
 
-/// Sets columns of the rows of `table` that meet `condition`, which takes `values`. Returns how many there are. Within the
-/// caller's transaction.
+/// Rows that were taken out of a table, to be put back within the same transaction.
+pub(super) struct Taken {
+    table: &'static str,
+    batches: Vec<RecordBatch>,
+}
+
+impl Taken {
+    /// Takes the rows that meet `condition`, which takes `values`.
+    pub fn take(session: &Session, table: &'static str, condition: &str, values: &[Value]) -> Result<Self> {
+        let sql = format!("delete from {table} where {condition} returning *");
+        let take = || -> duckdb::Result<Vec<RecordBatch>> {
+            let mut statement = session.connection.prepare(&sql)?;
+            Ok(statement.query_arrow(duckdb::params_from_iter(values))?.collect())
+        };
+        let mut batches = traced(&sql, take).map_err(|cause| duckdb_error("write", table, cause))?;
+        batches.retain(|batch| batch.num_rows() > 0);
+        Ok(Self { table, batches })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.batches.iter().map(RecordBatch::num_rows).sum()
+    }
+
+    /// The column `name` of each batch.
+    pub fn column<'t>(&'t self, name: &'t str) -> impl Iterator<Item = &'t ArrayRef> {
+        self.batches.iter().filter_map(move |batch| batch.column_by_name(name))
+    }
+
+    /// All of the rows; none are left.
+    pub fn take_all(&mut self) -> Self {
+        Self { table: self.table, batches: std::mem::take(&mut self.batches) }
+    }
+
+    /// Puts the rows back with some columns set.
+    pub fn put(self, session: &Session, set: &[(&str, Value)]) -> Result<()> {
+        for batch in &self.batches {
+            let changed = changed(batch, self.table, set)?;
+            let put = || {
+                let (catalog, connection) = (session.catalog(), &session.connection);
+                let mut appender = connection.appender_to_catalog_and_db(self.table, catalog, "main")?;
+                appender.append_record_batch(changed)?;
+                appender.flush()
+            };
+            traced("put back", put).map_err(|cause| duckdb_error("write", self.table, cause))?;
+        }
+        Ok(())
+    }
+}
+
+/// Sets columns of the rows of `table` that meet `condition`, which takes `values`. Within the caller's transaction.
 pub(super) fn rewrite(
     session: &Session,
-    table: &str,
+    table: &'static str,
     set: &[(&str, Value)],
     condition: &str,
     values: &[Value],
-) -> Result<u64> {
-    let sql = format!("delete from {} where {condition} returning *", quote_name(table));
-    let take = || -> duckdb::Result<Vec<RecordBatch>> {
-        let mut statement = session.connection.prepare(&sql)?;
-        Ok(statement.query_arrow(duckdb::params_from_iter(values))?.collect())
-    };
-    let taken = traced(&sql, take).map_err(|cause| duckdb_error("write", table, cause))?;
-    let mut rows = 0;
-    for batch in taken.iter().filter(|batch| batch.num_rows() > 0) {
-        rows += batch.num_rows() as u64;
-        let changed = changed(batch, table, set)?;
-        let put = || {
-            let mut appender = session.connection.appender_to_catalog_and_db(table, session.catalog(), "main")?;
-            appender.append_record_batch(changed)?;
-            appender.flush()
-        };
-        traced("put back", put).map_err(|cause| duckdb_error("write", table, cause))?;
-    }
-    Ok(rows)
+) -> Result<()> {
+    Taken::take(session, table, condition, values)?.put(session, set)
 }
 
 fn changed(batch: &RecordBatch, table: &str, set: &[(&str, Value)]) -> Result<RecordBatch> {

@@ -1,6 +1,7 @@
 //! Tables of results, and the control rows of the projections that they hold.
 
-use arrow::datatypes::{DataType, Field, TimeUnit};
+use arrow::array::{Array, AsArray};
+use arrow::datatypes::{DataType, Field, Int64Type, TimeUnit};
 use duckdb::types::Value;
 use shori_core::position::{CaptureId, Lsn, Position, Positions, SortKey};
 use shori_core::projection::{Target, TargetShape, history};
@@ -9,7 +10,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::layers;
 use super::layout::{self, Side, base_table};
-use super::rewrite::rewrite;
+use super::rewrite::{Taken, rewrite};
 use super::session::{Session, get_position, get_time, now, position_values, text, time};
 use crate::database::quote_name;
 use crate::types::duckdb_type;
@@ -17,6 +18,7 @@ use crate::types::duckdb_type;
 const METADATA: &str = "projection metadata";
 const CHECKPOINTS: &str = "projection checkpoints";
 const CHECKPOINTS_TABLE: &str = "ctl_projection_checkpoints";
+const METADATA_TABLE: &str = "ctl_projection_metadata";
 /// Longest message that `last_error` keeps.
 const LAST_ERROR_MAX_CHARS: usize = 4000;
 
@@ -36,12 +38,6 @@ insert into ctl_projection_metadata
 values (?, null, null, null, 'INIT', null, null, 1, ?, ?, ?, null)";
 
 /// One row for each capture of the checkpoint, or one without.
-const SELECT_STANDING: &str = "
-select c.source_name, c.instance_name, c.last_consumed_lsn, c.last_seq, m.next_surrogate_key, m.active_layer
-from ctl_projection_metadata m
-left join ctl_projection_checkpoints c using (projection_name)
-where projection_name = ?";
-
 const SELECT_CHECKPOINT: &str = "
 select source_name, instance_name, last_consumed_lsn, last_seq
 from ctl_projection_checkpoints
@@ -355,23 +351,49 @@ pub(super) struct Standing {
     pub checkpoint: Option<Positions>,
     pub next_surrogate_key: i64,
     pub active: Option<Side>,
+    pub metadata: Taken,
+    pub checkpoints: Taken,
 }
 
+/// Takes the control rows of a projection out: two writers meet there, and the second one fails before it has read any rows.
 /// `None`: the target was never prepared.
-pub(super) fn standing(session: &Session, projection: &str) -> Result<Option<Standing>> {
-    let rows = session.rows(SELECT_STANDING, &[text(projection)], CHECKPOINTS, |row| {
-        let source: Option<String> = row.get(0)?;
-        let position = match source {
-            Some(source) => Some((CaptureId::new(&source, &row.get::<_, String>(1)?), get_position(row, 2)?)),
-            None => None,
-        };
-        Ok((position, row.get::<_, i64>(4)?, row.get::<_, Option<String>>(5)?))
-    })?;
-    let Some((_, next_surrogate_key, active)) = rows.first() else { return Ok(None) };
-    let (next_surrogate_key, active) = (*next_surrogate_key, active.as_deref().and_then(Side::named));
-    let positions: Positions = rows.into_iter().filter_map(|(position, _, _)| position).collect();
-    let checkpoint = (!positions.is_empty()).then_some(positions);
-    Ok(Some(Standing { checkpoint, next_surrogate_key, active }))
+pub(super) fn take_standing(session: &Session, projection: &str) -> Result<Option<Standing>> {
+    let whose = [text(projection)];
+    let metadata = Taken::take(session, METADATA_TABLE, "projection_name = ?", &whose)?;
+    if metadata.rows() == 0 {
+        return Ok(None);
+    }
+    let checkpoints = Taken::take(session, CHECKPOINTS_TABLE, "projection_name = ?", &whose)?;
+    let next_surrogate_key =
+        metadata.column("next_surrogate_key").find_map(|keys| keys.as_primitive_opt::<Int64Type>());
+    let active = metadata.column("active_layer").find_map(|layers| layers.as_string_opt::<i32>());
+    let active = active.filter(|layers| layers.is_valid(0)).and_then(|layers| Side::named(layers.value(0)));
+    let positions = taken_positions(&checkpoints)?;
+    Ok(Some(Standing {
+        next_surrogate_key: next_surrogate_key.map_or(1, |keys| keys.value(0)),
+        checkpoint: (!positions.is_empty()).then_some(positions),
+        active,
+        metadata,
+        checkpoints,
+    }))
+}
+
+fn taken_positions(taken: &Taken) -> Result<Positions> {
+    let names = |column| taken.column(column).filter_map(|array| array.as_string_opt::<i32>());
+    let bytes = |column| taken.column(column).filter_map(|array| array.as_binary_opt::<i32>());
+    let ids = names("source_name").zip(names("instance_name"));
+    let mut positions = Positions::new();
+    for ((sources, instances), (lsns, seqs)) in ids.zip(bytes("last_consumed_lsn").zip(bytes("last_seq"))) {
+        for row in 0..sources.len() {
+            let id = CaptureId::new(sources.value(row), instances.value(row));
+            positions.insert(id, Position::from_slices(lsns.value(row), seqs.value(row))?);
+        }
+    }
+    if positions.len() != taken.rows() {
+        let cause = "a row has columns of other types than this program writes";
+        return Err(Error::new(ErrorKind::Corrupt, "read", CHECKPOINTS, cause));
+    }
+    Ok(positions)
 }
 
 pub(super) fn checkpoint(session: &Session, projection: &str) -> Result<Option<Checkpoint>> {
@@ -382,10 +404,11 @@ pub(super) fn checkpoint(session: &Session, projection: &str) -> Result<Option<C
     })
 }
 
-/// Puts `next` in the place of `stored`, within the caller's transaction.
+/// Puts the taken rows back as `next` says, within the caller's transaction.
 pub(super) fn put_checkpoint(
     session: &Session,
     projection: &str,
+    taken: Taken,
     stored: Option<&Positions>,
     next: &Positions,
 ) -> Result<()> {
@@ -394,9 +417,9 @@ pub(super) fn put_checkpoint(
         [("last_consumed_lsn", lsn), ("last_seq", seq), ("updated_at", time(now()))]
     };
     if let Some(position) = stored.and_then(|stored| one_position(stored, next)) {
-        let projection = [text(projection)];
-        return rewrite(session, CHECKPOINTS_TABLE, &set(&position), "projection_name = ?", &projection).map(|_| ());
+        return taken.put(session, &set(&position));
     }
+    taken.put(session, &[])?;
     let is_standing = |id: &CaptureId| stored.is_some_and(|stored| stored.contains_key(id));
     for (id, position) in next.iter().filter(|(id, _)| is_standing(id)) {
         let condition = "projection_name = ? and source_name = ? and instance_name = ?";

@@ -177,16 +177,21 @@ impl Computation<'_> {
                     query::run(self.session, sql, &schema, &statement)?;
                 }
                 match measures {
+                    // Its keys are those of groups, and so unique.
+                    Measures::Additive { .. } if !shape.has_others => {
+                        let counts = self.added(shape)?;
+                        return Ok(self.laid(shape, OutputKind::Merge, counts));
+                    }
                     Measures::PerEntity => self.compared(shape, "__before", "__after")?,
-                    Measures::Additive { .. } if shape.has_others => {
+                    Measures::Additive { .. } => {
                         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
                         self.touched(sql, shape)?
                     }
-                    Measures::Additive { .. } => self.added(shape)?,
                 }
             }
         };
-        self.laid(shape, OutputKind::Merge, counts)
+        self.check_key(shape, counts)?;
+        Ok(self.laid(shape, OutputKind::Merge, counts))
     }
 
     /// Runs the query in full.
@@ -195,11 +200,15 @@ impl Computation<'_> {
         let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
         query::run(self.session, sql, LIVE, &create)?;
         let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
-        self.laid(shape, OutputKind::Replace, (rows, 0))
+        self.check_key(shape, (rows, 0))?;
+        Ok(self.laid(shape, OutputKind::Replace, (rows, 0)))
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
-    fn check_key(&self, shape: &Shape) -> Result<()> {
+    fn check_key(&self, shape: &Shape, (rows, _): Counts) -> Result<()> {
+        if rows == 0 {
+            return Ok(());
+        }
         let keys: Vec<String> = shape.key.iter().map(|name| quote_name(name)).collect();
         let named = shape.key.iter().zip(&keys).map(|(name, quoted)| {
             format!("{} || coalesce({quoted}::varchar, 'null')", quote_text(&format!("{name}=")))
@@ -219,10 +228,7 @@ impl Computation<'_> {
             .with_remedy("name more columns in its key, or group by it"))
     }
 
-    fn laid(&self, shape: &Shape, kind: OutputKind, (rows, gone): Counts) -> Result<Laid> {
-        if rows > 0 {
-            self.check_key(shape)?;
-        }
+    fn laid(&self, shape: &Shape, kind: OutputKind, (rows, gone): Counts) -> Laid {
         let rows = Part::of_table(PartKind::Upsert, self.place.rows(), shape.published.clone(), rows);
         let mut parts = vec![rows];
         if kind == OutputKind::Merge {
@@ -230,7 +236,7 @@ impl Computation<'_> {
             let keys = Arc::new(arrow::datatypes::Schema::new(fields.cloned().collect::<Vec<_>>()));
             parts.push(Part::of_table(PartKind::Delete, self.place.keys(), keys, gone));
         }
-        Ok(Laid { kind, parts })
+        Laid { kind, parts }
     }
 
     /// Rows of `after` that `before` has not, and keys of `before` that `after` has not.
@@ -293,7 +299,6 @@ impl Computation<'_> {
             stood.full_name(),
             shape.key_match("d", "r")
         ))?;
-        // Its keys are unique: they are those of groups.
         let rows =
             self.lay(&self.place.rows(), &format!("select {} from __sums s where s.{weight} > 0", shape.list("s")))?;
         let gone = self.lay(

@@ -3,7 +3,9 @@
 //! Rows are looked for by key some thousand times a step, whatever the size of a table; DuckDB's tables would be read as
 //! a whole for that. Memory is bounded by the page caches; the system's own cache holds what is read often.
 //!
-//! A commit survives the end of the process, and after a loss of power the file is as it was at some earlier commit.
+//! A commit survives the end of the process. Nothing is waited for until it lies on the disk: the file is a cache, and
+//! one that was open when the machine went down is made anew from the log. Where it cannot be told whether that has
+//! happened, writes are waited for.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -22,8 +24,8 @@ const LAYOUT_VERSION: i32 = 1;
 /// Pages that a connection keeps, in KiB: the one that writes, and those that read.
 const WRITER_CACHE_KIB: i64 = 32 * 1024;
 const READER_CACHE_KIB: i64 = 8 * 1024;
-/// Pages of the write-ahead log after which it is folded into the file.
-const LOG_PAGES: i64 = 4_096;
+/// Pages of the write-ahead log after which it is folded into the file. Pages that are written at each step come only once.
+const LOG_PAGES: i64 = 16_384;
 /// Statements that a connection keeps.
 const STATEMENTS_KEPT: usize = 64;
 /// Readers that wait for use.
@@ -128,21 +130,50 @@ fn connect_to_write(path: &Path) -> Result<Connection> {
         connection.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
         connection.execute_batch(CREATE_CONTROL)?;
         connection.execute_batch(CREATE_OPEN_COMMIT)?;
-        Ok(true)
+        mark_open(&connection)
     };
     match mark().map_err(|cause: rusqlite::Error| failure("open", cause))? {
         true => Ok(connection),
         false => {
-            let cause = "it is not of this program, or of another version";
+            let cause = "it is not of this program, of another version, or was open when the machine went down";
             Err(Error::new(ErrorKind::Corrupt, "open", format!("state file {}", path.display()), cause))
         }
     }
+}
+
+/// Notes that the file is open since the machine was started. `false`: it was open when the machine went down.
+fn mark_open(connection: &Connection) -> rusqlite::Result<bool> {
+    let Some(boot) = boot() else { return Ok(true) };
+    let left: Vec<String> =
+        connection.prepare("select boot from opened")?.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    if left.iter().any(|other| *other != boot) {
+        return Ok(false);
+    }
+    if left.is_empty() {
+        connection.execute("insert into opened values (?)", [boot])?;
+    }
+    connection.pragma_update(None, "synchronous", "off")?;
+    Ok(true)
+}
+
+/// Notes that the file is closed, when all of it lies on the disk.
+pub(super) fn mark_closed(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "synchronous", "full")?;
+    connection.query_row("pragma wal_checkpoint(truncate)", [], |_| Ok(()))?;
+    connection.execute("delete from opened", [])?;
+    connection.query_row("pragma wal_checkpoint(truncate)", [], |_| Ok(()))
+}
+
+/// Tells one start of the machine from another, where the system does.
+fn boot() -> Option<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim().to_string())
 }
 
 /// The tables that every state file has. Those of rows are made for each captured table: see
 /// [`layout`](super::layout).
 pub(super) const CREATE_CONTROL: &str = "
 create table if not exists owner (store_id text);
+create table if not exists opened (boot text);
 create table if not exists captures (
     number integer primary key, source text, instance text, table_number integer, shape text
 );

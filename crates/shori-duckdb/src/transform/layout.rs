@@ -3,6 +3,7 @@
 //! | table | content |
 //! |---|---|
 //! | `owner` | id of the store that the state belongs to |
+//! | `opened` | the start of the machine since which the file is open |
 //! | `captures` | number of each capture, its table and that table's shape |
 //! | `applied` | how far each capture has been applied |
 //! | `steps` | where each capture stood after each step, and whether its changes were kept |
