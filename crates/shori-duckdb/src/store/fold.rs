@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use shori_core::projection::{Target, TargetShape};
 use shori_core::{Result, failpoint};
@@ -125,6 +126,20 @@ pub(super) fn fold(session: &Session, target: &Target) -> Result<()> {
     Ok(())
 }
 
+/// A fold may take its time, commits may not: between two of its transactions it rests for so many times as long as one
+/// took, so that it has a part of the processor only.
+const RESTS: u32 = 3;
+
+/// One transaction of a fold, and the rest after it.
+fn part<T>(session: &Session, name: &str, work: impl FnMut(&Session) -> Result<T>) -> Result<()> {
+    let begun = Instant::now();
+    session.transaction(name, work)?;
+    if !session.is_inline() {
+        thread::sleep(begun.elapsed() * RESTS);
+    }
+    Ok(())
+}
+
 /// Row ids of the overlay are those of its rows in order: nobody deletes from it while it rests.
 fn parts(session: &Session, table: &str) -> Result<impl Iterator<Item = String>> {
     let end = session.number(&format!("select coalesce(max(rowid) + 1, 0)::bigint from {table}"), table)?.max(0) as u64;
@@ -142,27 +157,27 @@ fn fold_rows_in_parts(session: &Session, target: &Target, side: Side) -> Result<
         target::same_key(target, &base, "l")
     );
     session.batch(&find, FOUND)?;
-    for part in parts(session, &format!("temp.{FOUND}"))? {
-        session.transaction(name, |session| delete_found(session, name, &part))?;
+    for rows in parts(session, &format!("temp.{FOUND}"))? {
+        part(session, name, |session| delete_found(session, name, &rows))?;
         failpoint::reached(failpoint::STORE_INSIDE_FOLD);
     }
-    for part in parts(session, &changes)? {
+    for rows in parts(session, &changes)? {
         let insert =
-            format!("insert into {base} by name select * exclude ({GONE}) from {changes} where not {GONE} and {part}");
-        session.transaction(name, |session| session.execute(&insert, &[], name))?;
+            format!("insert into {base} by name select * exclude ({GONE}) from {changes} where not {GONE} and {rows}");
+        part(session, name, |session| session.execute(&insert, &[], name))?;
     }
     vectors_and_drop(session)
 }
 
 /// Deletes from the base what a part of the found rows names; only the rows between its first and last are read.
-fn delete_found(session: &Session, name: &str, part: &str) -> Result<()> {
-    let bounds = format!("select min(shori_row), max(shori_row) from temp.{FOUND} where {part}");
+fn delete_found(session: &Session, name: &str, rows: &str) -> Result<()> {
+    let bounds = format!("select min(shori_row), max(shori_row) from temp.{FOUND} where {rows}");
     let bounds =
         session.rows(&bounds, &[], FOUND, |row| Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<i64>>(1)?)))?;
     let Some((Some(first), Some(last))) = bounds.first() else { return Ok(()) };
     let delete = format!(
         "delete from {} where rowid between {first} and {last}
-         and rowid in (select shori_row from temp.{FOUND} where {part})",
+         and rowid in (select shori_row from temp.{FOUND} where {rows})",
         quote_name(&base_table(name))
     );
     session.execute(&delete, &[], name).map(|_| ())
@@ -172,10 +187,10 @@ fn fold_versions_in_parts(session: &Session, target: &Target, side: Side) -> Res
     let name = &*target.projection;
     let (base, changes) = (quote_name(&base_table(name)), quote_name(&changes_table(name, side)));
     session.batch(&find_ended(target, side, FOUND), FOUND)?;
-    for part in parts(session, &format!("temp.{FOUND}"))? {
-        let put = format!("insert into {base} by name select * exclude (shori_row) from temp.{FOUND} where {part}");
-        session.transaction(name, |session| {
-            delete_found(session, name, &part)?;
+    for rows in parts(session, &format!("temp.{FOUND}"))? {
+        let put = format!("insert into {base} by name select * exclude (shori_row) from temp.{FOUND} where {rows}");
+        part(session, name, |session| {
+            delete_found(session, name, &rows)?;
             session.execute(&put, &[], name)
         })?;
         failpoint::reached(failpoint::STORE_INSIDE_FOLD);
@@ -183,10 +198,10 @@ fn fold_versions_in_parts(session: &Session, target: &Target, side: Side) -> Res
     // They have ended what they can, and must not end what comes into the base now.
     let ended = format!("delete from {}", quote_name(&ends_table(name, side)));
     session.transaction(name, |session| session.execute(&ended, &[], name))?;
-    for part in parts(session, &changes)? {
-        session.transaction(name, |session| {
-            session.execute(&format!("insert into {base} by name from {changes} where {part}"), &[], name)?;
-            session.execute(&format!("delete from {changes} where {part}"), &[], name)
+    for rows in parts(session, &changes)? {
+        part(session, name, |session| {
+            session.execute(&format!("insert into {base} by name from {changes} where {rows}"), &[], name)?;
+            session.execute(&format!("delete from {changes} where {rows}"), &[], name)
         })?;
     }
     vectors_and_drop(session)

@@ -62,6 +62,11 @@ impl Session {
         &self.sessions.catalog
     }
 
+    /// Whether calls run on the caller's thread.
+    pub fn is_inline(&self) -> bool {
+        self.sessions.database.is_inline()
+    }
+
     /// Gives the connection back. Only outside of a transaction: a checkpoint that is due is made before.
     pub fn give_back(self) {
         self.sessions.database.checkpoint_if_due(&self.connection, &self.sessions.catalog);
