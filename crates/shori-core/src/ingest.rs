@@ -479,7 +479,7 @@ mod tests {
     #[test]
     fn appends_follow_the_steps_of_a_busy_projector_within_bounds() {
         let ms = Duration::from_millis;
-        for (pace, linger) in [(0, 25), (40, 25), (400, 100), (2_000, 500), (60_000, 500)] {
+        for (pace, linger) in [(0, 25), (40, 25), (400, 200), (2_000, 500), (60_000, 500)] {
             assert_eq!(paced(ms(25), ms(pace)), ms(linger), "a step each {pace} ms");
         }
         assert_eq!(paced(ms(900), ms(400)), ms(900), "what is configured is the least");

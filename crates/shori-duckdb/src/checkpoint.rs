@@ -11,12 +11,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use duckdb::Connection;
+use shori_core::failpoint;
 
 use crate::database::{locked, quote_name, traced};
 use crate::known_targets::KnownTargets;
@@ -27,10 +29,13 @@ use crate::scattered::{Due, Scattered, vectors_of};
 const RESERVE_MIB: u64 = 64;
 
 /// Size of a write-ahead log at which it is folded into its file: rarely enough not to hold up steady work, often enough
-/// for a quick start after a crash.
-const LOG_BYTES: u64 = 64 << 20;
-/// From here on those who write are waited for.
-const LOG_BYTES_MAX: u64 = 16 * LOG_BYTES;
+/// for a quick start after a crash. Tests write little: where they run, checkpoints come as often.
+fn log_bytes() -> u64 {
+    if cfg!(debug_assertions) || failpoint::is_armed() { 256 << 10 } else { 64 << 20 }
+}
+
+/// So many times as large, those who write are waited for.
+const LOG_OVERDUE: u64 = 16;
 
 /// How often a checkpoint is tried while others write, and how often one that has to be made, before it is forced: forcing
 /// keeps a core busy while it waits for those who write, and holds up all who would begin.
@@ -53,6 +58,8 @@ pub(crate) struct Checkpoints {
     scattered: Mutex<Scattered>,
     /// Where the write-ahead log of each catalog lies.
     logs: Mutex<BTreeMap<String, PathBuf>>,
+    /// A commit has failed: memory is not what the files are.
+    distrusted: AtomicBool,
     /// Held by the one who checkpoints: when each catalog was last swept up.
     running: Mutex<BTreeMap<String, Instant>>,
     known_targets: Arc<KnownTargets>,
@@ -73,6 +80,7 @@ impl Checkpoints {
             using_reserve: Mutex::default(),
             scattered: Mutex::new(Scattered::new(memory_limit_mib)),
             logs: Mutex::default(),
+            distrusted: AtomicBool::new(false),
             running: Mutex::default(),
             inline,
         }
@@ -94,8 +102,8 @@ impl Checkpoints {
         let log = locked(&self.logs).get(catalog).cloned();
         let bytes = log.and_then(|log| std::fs::metadata(log).ok()).map_or(0, |log| log.len());
         match locked(&self.scattered).due(catalog, |table| vectors_of(connection, catalog, table)) {
-            Due::No if bytes > LOG_BYTES => Due::WhenFree,
-            _ if bytes > LOG_BYTES_MAX => Due::Overdue,
+            Due::No if bytes > log_bytes() => Due::WhenFree,
+            _ if bytes > LOG_OVERDUE * log_bytes() => Due::Overdue,
             due => due,
         }
     }
@@ -109,6 +117,15 @@ impl Checkpoints {
         }
     }
 
+    /// After a commit that failed for want of disk space: DuckDB 1.5 may then hold rows for deleted that are not. The files are
+    /// right, so nothing more of what memory holds is folded into them; the next start reads them.
+    pub fn distrust_memory(&self) {
+        self.distrusted.store(true, Ordering::Relaxed);
+        if let Err(error) = locked(&self.root).execute_batch("pragma disable_checkpoint_on_shutdown") {
+            tracing::warn!(%error, "a checkpoint when the files are closed cannot be prevented");
+        }
+    }
+
     /// With `must`, those who write are waited for; where calls share one thread, they would wait for this one. Only outside
     /// of a transaction.
     pub fn run(&self, connection: &Connection, catalog: &str, must: bool) {
@@ -116,6 +133,9 @@ impl Checkpoints {
     }
 
     fn run_once(&self, connection: &Connection, catalog: &str, must: bool, sweep: bool) {
+        if self.distrusted.load(Ordering::Relaxed) {
+            return;
+        }
         // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.
         let mut swept = match self.running.try_lock() {
             Ok(only) => only,

@@ -155,6 +155,13 @@ impl Database {
         }
     }
 
+    /// Takes note of an error of a transaction that wrote.
+    pub(crate) fn failed(&self, error: &Error) {
+        if error.kind() == ErrorKind::DiskFull {
+            self.checkpoints.distrust_memory();
+        }
+    }
+
     /// After something has failed for want of memory: makes room, so that trying again may succeed. Only outside of a
     /// transaction.
     pub(crate) fn relieve(&self, connection: &Connection) {

@@ -175,7 +175,7 @@ pub struct RetentionConfig {
 pub struct MemoryConfig {
     /// Memory of the embedded DuckDB for data, in MiB; the process takes about as much again at most.
     pub limit_mib: u64,
-    /// Threads of the embedded DuckDB; 0 means one per core.
+    /// Threads of the embedded DuckDB; 0 means one fewer than there are cores, at least one: reading and state need one, too.
     pub threads: usize,
 }
 

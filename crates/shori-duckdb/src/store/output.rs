@@ -338,6 +338,7 @@ impl OpenOutput {
             }
             Err(error) => {
                 let step = self.step.clone();
+                self.session.failed(&error);
                 self.roll_back();
                 settled(sessions, &step, error).map(|committed| Finished { committed, to_fold: None })
             }
@@ -367,18 +368,29 @@ impl OpenOutput {
             }
             _ => false,
         };
-        let deleted = self.known.deleted + written.deleted;
-        let is_worn = self.form == Form::Plain && deleted > deleted_rows_max().max(self.known.rows);
-        if is_worn {
-            let name = quote_name(table);
-            session.batch(&format!("create or replace table {name} as from {name}"), table)?;
-        }
-        self.known.deleted = if is_worn { 0 } else { deleted };
         if self.loads.has_changes {
             drop_temporary(session, CHANGES, self.loads.upsert_rows + self.loads.delete_rows)?;
         }
         session.batch("commit", table)?;
+        self.known.deleted += written.deleted;
+        if self.form == Form::Plain && self.known.deleted > deleted_rows_max().max(self.known.rows) {
+            self.write_anew();
+        }
         Ok((written, swapped))
+    }
+
+    /// Leaves the deleted rows of a plain table behind, in a transaction of its own: in one with changes of the same table,
+    /// DuckDB would log these as if they were of the new one. A table that cannot be written anew stays slower.
+    fn write_anew(&mut self) {
+        let table = &self.step.target.projection;
+        let name = quote_name(table);
+        match self.session.batch(&format!("create or replace table {name} as from {name}"), table) {
+            Ok(()) => self.known.deleted = 0,
+            Err(error) => {
+                self.session.failed(&error);
+                tracing::debug!(%error, projection = &**table, "its deleted rows stay for now");
+            }
+        }
     }
 
     /// Whether the other overlay still waits to be folded, as far as is known.

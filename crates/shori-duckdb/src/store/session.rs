@@ -62,6 +62,11 @@ impl Session {
         &self.sessions.catalog
     }
 
+    /// Takes note of an error of a transaction that wrote.
+    pub fn failed(&self, error: &Error) {
+        self.sessions.database.failed(error);
+    }
+
     /// Whether calls run on the caller's thread.
     pub fn is_inline(&self) -> bool {
         self.sessions.database.is_inline()
@@ -117,6 +122,7 @@ impl Session {
             match result {
                 Ok(done) => return Ok(done),
                 Err(error) => {
+                    self.failed(&error);
                     self.roll_back();
                     if error.kind() != ErrorKind::Unavailable || attempt == CONFLICT_RETRIES_MAX {
                         return Err(error);

@@ -152,6 +152,12 @@ impl Engine {
         })
     }
 
+    /// Names of the key columns of a captured table.
+    pub fn key_of(&self, table: &str) -> Vec<String> {
+        let found = self.captures.values().find(|state| &*state.schema.table == table);
+        found.map(|state| state.schema.key_names().into_iter().map(String::from).collect()).unwrap_or_default()
+    }
+
     /// Names of the projections, in their order.
     pub fn projections(&self) -> Vec<String> {
         self.targets.iter().map(|(target, _)| target.projection.to_string()).collect()

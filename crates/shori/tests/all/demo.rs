@@ -77,12 +77,12 @@ fn without_a_terminal_lines_tell_of_progress() {
 fn planted_damage_is_named(world: &World) {
     let order = world.value("select max(order_id) from proj_orders_latest");
     let customer = world.value("select min(customer_id) from customers_latest");
-    world.serving().execute_batch(&format!("delete from proj_orders_latest where order_id = {order}")).unwrap();
+    world.damage("proj_orders_latest", &format!("delete from TARGET where order_id = {order}"));
     let done = world.shori(&["verify"]);
     assert_eq!(done.status, Some(1), "{done:?}");
     assert!(done.out.contains(&format!("order_id={order}")), "{}", done.out);
-    let change = format!("update customers_latest set segment = 'NOBODY' where customer_id = {customer}");
-    world.serving().execute_batch(&change).unwrap();
+    let change = format!("update TARGET set segment = 'NOBODY' where customer_id = {customer}");
+    world.damage("customers_latest", &change);
     let done = world.shori(&["verify", "--json"]);
     assert_eq!(done.status, Some(1), "{done:?}");
     let report = done.json().to_string();

@@ -186,6 +186,11 @@ impl World {
         duckdb::Connection::open(self.path("serving.duckdb")).unwrap()
     }
 
+    /// Runs a statement on the tables of a target, whatever their form: `TARGET` in it stands for one, then the other.
+    pub fn damage(&self, target: &str, statement: &str) {
+        damage(&self.serving(), target, statement);
+    }
+
     /// The newest change that capture has logged, by id.
     pub fn newest_change(&self) -> i64 {
         let source = self.source();
@@ -334,5 +339,17 @@ impl Drop for Running {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.err);
         let _ = std::fs::remove_file(&self.out);
+    }
+}
+
+/// As [`World::damage`], in any store's file.
+pub fn damage(store: &duckdb::Connection, target: &str, statement: &str) {
+    let tables = "select table_name from duckdb_tables() where table_name in (?1, ?1 || '__base', ?1 || '__changes_a',
+                  ?1 || '__changes_b')";
+    let mut tables = store.prepare(tables).unwrap();
+    let tables: Vec<String> = tables.query_map([target], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap();
+    assert!(!tables.is_empty(), "there is no target {target}");
+    for table in tables {
+        store.execute_batch(&statement.replace("TARGET", &table)).unwrap();
     }
 }

@@ -81,7 +81,7 @@ fn columns_with_the_names_of_a_historys_own_are_published_beside_them() {
     world.succeed(&["rebuild", "contracts_history"]);
     world.succeed(&["run", "--once"]);
     world.verify();
-    world.serving().execute_batch("update contracts_history set valid_to__source = 'no' where is_current").unwrap();
+    world.damage("contracts_history", "update TARGET set valid_to__source = 'no' where is_current");
     let done = world.shori(&["verify"]);
     assert!(done.status == Some(1) && done.out.contains("valid_to"), "{done:?}");
 }

@@ -1,6 +1,6 @@
 //! `shori verify` where not everything is as it should be: what it can still tell, it tells.
 
-use crate::harness::{World, until};
+use crate::harness::{World, damage, until};
 
 const SOURCE: &str = "
 create table t (id integer primary key, n int, g text, made timestamp);
@@ -90,7 +90,7 @@ fn a_rejected_value_is_told_and_stands_in_nobody_s_way() {
     // What is really wrong is still found.
     world.write("update t set n = 'bad' where id = 3;");
     world.succeed(&["run", "--once"]);
-    world.serving().execute_batch("update t_latest set n = 7 where id = 3").unwrap();
+    world.damage("t_latest", "update TARGET set n = 7 where id = 3");
     let done = world.shori(&["verify"]);
     assert!(done.status == Some(1) && done.out.contains("id=3: n should be 3 and is 7"), "{done:?}");
 }
@@ -181,7 +181,8 @@ fn every_source_and_every_store_is_verified() {
     world.verify();
     running.stop();
     let other = duckdb::Connection::open(world.path("other.duckdb")).unwrap();
-    other.execute_batch("update t_latest set n = 8 where id = 5; delete from small_latest where id = 1").unwrap();
+    damage(&other, "t_latest", "update TARGET set n = 8 where id = 5");
+    damage(&other, "small_latest", "delete from TARGET where id = 1");
     drop(other);
     let done = world.shori(&["verify"]);
     assert_eq!(done.status, Some(1), "{done:?}");
@@ -220,11 +221,11 @@ key = [\"g\"]
     };
     told(&world.shori(&["verify"]), 3);
     // What is wrong beside it is found.
-    world.serving().execute_batch("update t_latest set n = 7 where id = 3").unwrap();
+    world.damage("t_latest", "update TARGET set n = 7 where id = 3");
     let done = world.shori(&["verify"]);
     assert!(done.out.contains("id=3: n should be 3 and is 7"), "{done:?}");
     told(&done, 2);
-    world.serving().execute_batch("update t_latest set n = 3 where id = 3").unwrap();
+    world.damage("t_latest", "update TARGET set n = 3 where id = 3");
     let running = world.run();
     until("its neighbours", || (world.try_query("from t_latest").ok()?.len() == 5).then_some(()));
     told(&world.shori(&["verify"]), 3);
