@@ -18,9 +18,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use duckdb::Connection;
-use shori_core::failpoint;
+use shori_core::{ErrorKind, failpoint};
 
-use crate::database::{locked, quote_name, traced};
+use crate::database::{duckdb_error, locked, quote_name, traced};
 use crate::known_targets::KnownTargets;
 use crate::scattered::{Due, Scattered, vectors_of};
 
@@ -160,7 +160,12 @@ impl Checkpoints {
                     return locked(&self.scattered).swept(catalog);
                 }
                 Ok(()) => return locked(&self.scattered).clear(catalog),
-                Err(cause) => tracing::debug!(%cause, catalog, "a checkpoint waits"),
+                Err(cause) => {
+                    tracing::debug!(%cause, catalog, "a checkpoint waits");
+                    if duckdb_error("checkpoint", catalog, cause).kind() == ErrorKind::DiskFull {
+                        return self.distrust_memory();
+                    }
+                }
             }
             if attempt < attempts {
                 thread::sleep(ATTEMPT_PAUSE);
@@ -171,12 +176,19 @@ impl Checkpoints {
     fn attempt(&self, connection: &Connection, catalog: &str, forced: bool, sweep: bool) -> duckdb::Result<()> {
         let name = quote_name(catalog);
         let checkpoint = format!("{}checkpoint {name}", if forced { "force " } else { "" });
-        // It ends with this attempt, and its transaction with it.
-        let _older = match self.inline || forced || sweep {
+        let older = match self.inline || forced || sweep {
             true => None,
             false => self.older_reader(connection, &name)?,
         };
-        traced(&checkpoint, || connection.execute_batch(&checkpoint))
+        let outcome = traced(&checkpoint, || connection.execute_batch(&checkpoint));
+        if let Some(reader) = older
+            && let Err(cause) = reader.execute_batch("rollback")
+        {
+            // DuckDB ends the process where a connection to a file that it has given up is let go of within a transaction.
+            tracing::debug!(%cause, "a reader of an older state is left open");
+            std::mem::forget(reader);
+        }
+        outcome
     }
 
     /// A transaction that reads the state before the newest one. None where the catalog is no store's.
