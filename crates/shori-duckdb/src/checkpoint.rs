@@ -29,9 +29,9 @@ use crate::scattered::{Due, Scattered, vectors_of};
 const RESERVE_MIB: u64 = 64;
 
 /// Size of a write-ahead log at which it is folded into its file: rarely enough not to hold up steady work, often enough
-/// for a quick start after a crash. Tests write little: where they run, checkpoints come as often.
+/// for a quick start after a crash. Crash tests write little: where they run, checkpoints come as often.
 fn log_bytes() -> u64 {
-    if cfg!(debug_assertions) || failpoint::is_armed() { 256 << 10 } else { 64 << 20 }
+    if failpoint::is_armed() { 256 << 10 } else { 64 << 20 }
 }
 
 /// So many times as large, those who write are waited for.
@@ -126,6 +126,11 @@ impl Checkpoints {
         }
     }
 
+    /// Whether a disk was full, so that memory is not trusted any more.
+    pub fn distrusts_memory(&self) -> bool {
+        self.distrusted.load(Ordering::Relaxed)
+    }
+
     /// With `must`, those who write are waited for; where calls share one thread, they would wait for this one. Only outside
     /// of a transaction.
     pub fn run(&self, connection: &Connection, catalog: &str, must: bool) {
@@ -133,7 +138,7 @@ impl Checkpoints {
     }
 
     fn run_once(&self, connection: &Connection, catalog: &str, must: bool, sweep: bool) {
-        if self.distrusted.load(Ordering::Relaxed) {
+        if self.distrusts_memory() {
             return;
         }
         // Whoever comes while another is at it goes on: reads and appends do not queue up for one checkpoint.

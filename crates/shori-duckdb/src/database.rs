@@ -155,11 +155,17 @@ impl Database {
         }
     }
 
-    /// Takes note of an error of a transaction that wrote.
-    pub(crate) fn failed(&self, error: &Error) {
-        if error.kind() == ErrorKind::DiskFull {
-            self.checkpoints.distrust_memory();
+    /// Takes note of an error of a transaction that wrote. After a disk was full, DuckDB may take its own file for damaged: what
+    /// is wrong is the disk.
+    pub(crate) fn failed(&self, error: Error) -> Error {
+        match error.kind() {
+            ErrorKind::DiskFull => self.checkpoints.distrust_memory(),
+            ErrorKind::Corrupt if self.checkpoints.distrusts_memory() => {
+                return Error::new(ErrorKind::DiskFull, "write", "a DuckDB file", error).with_remedy(FREE_SPACE);
+            }
+            _ => {}
         }
+        error
     }
 
     /// After something has failed for want of memory: makes room, so that trying again may succeed. Only outside of a
@@ -216,6 +222,7 @@ pub(crate) fn one_line(message: &str) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
+const FREE_SPACE: &str = "free some space and start again: nothing is lost";
 const START_AGAIN: &str = "start again: the file is recovered from its write-ahead log";
 const RAISE_MEMORY: &str = "raise memory.limit_mib in the configuration";
 
@@ -229,7 +236,7 @@ pub fn duckdb_error(operation: &str, object: impl Into<String>, cause: duckdb::E
     let text = cause.to_string();
     let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
     let (kind, remedy) = if has(&["No space left", "Disk quota", "max_temp_directory_size"]) {
-        (ErrorKind::DiskFull, Some("free some space and start again: nothing is lost"))
+        (ErrorKind::DiskFull, Some(FREE_SPACE))
     } else if has(&["TransactionContext Error", "write-write conflict", "Conflict on tuple", "Conflict on update"])
         && !has(&["invalidated", "is aborted"])
     {

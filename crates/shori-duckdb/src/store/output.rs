@@ -338,7 +338,7 @@ impl OpenOutput {
             }
             Err(error) => {
                 let step = self.step.clone();
-                self.session.failed(&error);
+                let error = self.session.failed(error);
                 self.roll_back();
                 settled(sessions, &step, error).map(|committed| Finished { committed, to_fold: None })
             }
@@ -387,7 +387,7 @@ impl OpenOutput {
         match self.session.batch(&format!("create or replace table {name} as from {name}"), table) {
             Ok(()) => self.known.deleted = 0,
             Err(error) => {
-                self.session.failed(&error);
+                let error = self.session.failed(error);
                 tracing::debug!(%error, projection = &**table, "its deleted rows stay for now");
             }
         }

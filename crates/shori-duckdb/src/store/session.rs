@@ -63,8 +63,8 @@ impl Session {
     }
 
     /// Takes note of an error of a transaction that wrote.
-    pub fn failed(&self, error: &Error) {
-        self.sessions.database.failed(error);
+    pub fn failed(&self, error: Error) -> Error {
+        self.sessions.database.failed(error)
     }
 
     /// Whether calls run on the caller's thread.
@@ -122,7 +122,7 @@ impl Session {
             match result {
                 Ok(done) => return Ok(done),
                 Err(error) => {
-                    self.failed(&error);
+                    let error = self.failed(error);
                     self.roll_back();
                     if error.kind() != ErrorKind::Unavailable || attempt == CONFLICT_RETRIES_MAX {
                         return Err(error);
