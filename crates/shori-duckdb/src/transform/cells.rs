@@ -263,3 +263,67 @@ impl Column {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{
+        BinaryArray, BooleanArray, Date32Array, Decimal128Array, Float64Array, Int16Array, Int64Array, StringArray,
+        TimestampMicrosecondArray,
+    };
+
+    use super::*;
+
+    #[test]
+    fn numbers_are_as_short_as_they_can_be_and_come_back() {
+        let edges = [0, 1, -1, 127, 128, -128, -129, 255, 256, 1 << 40, i64::MAX.into(), i64::MIN.into()];
+        for number in edges.into_iter().chain([i128::MAX, i128::MIN]) {
+            let mut buffer = [0; 16];
+            let cell = shortened(number, &mut buffer).to_vec();
+            assert_eq!(super::number(&cell).unwrap(), number);
+            assert!(cell.len() == 1 || super::number(&cell[..cell.len() - 1]).unwrap() != number, "{number}: {cell:?}");
+        }
+        assert!(number(&[]).is_err() && number(&[0; 17]).is_err());
+    }
+
+    #[test]
+    fn values_of_every_kind_come_back() {
+        let arrays: Vec<ArrayRef> = vec![
+            Arc::new(BooleanArray::from(vec![Some(true), Some(false), None])),
+            Arc::new(Int16Array::from(vec![Some(i16::MIN), None, Some(i16::MAX)])),
+            Arc::new(Int64Array::from(vec![Some(i64::MIN), Some(0), None])),
+            Arc::new(Float64Array::from(vec![Some(-0.0), Some(f64::MAX), None])),
+            Arc::new(Date32Array::from(vec![Some(-1), None, Some(i32::MAX)])),
+            Arc::new(TimestampMicrosecondArray::from(vec![Some(-1), Some(1 << 50), None]).with_timezone("UTC")),
+            Arc::new(
+                Decimal128Array::from(vec![Some(-1), None, Some(10i128.pow(37))])
+                    .with_precision_and_scale(38, 2)
+                    .unwrap(),
+            ),
+            Arc::new(StringArray::from(vec![Some(""), None, Some("ä\0b")])),
+            Arc::new(BinaryArray::from(vec![Some(&[][..]), None, Some(&[0xff; 300][..])])),
+        ];
+        let mut columns: Vec<Column> = arrays.iter().map(|array| Column::new(array.data_type()).unwrap()).collect();
+        for row in 0..3 {
+            let mut bytes = Vec::new();
+            arrays.iter().for_each(|array| write_value(array.as_ref(), row, &mut bytes).unwrap());
+            let mut cells = Cells(&bytes);
+            columns.iter_mut().for_each(|column| column.push(cells.next().unwrap()).unwrap());
+            // A column that came later.
+            assert_eq!(cells.next().unwrap(), None);
+        }
+        for (array, column) in arrays.iter().zip(&mut columns) {
+            assert_eq!(&column.finish(), array);
+        }
+    }
+
+    #[test]
+    fn any_bytes_give_cells_or_an_error() {
+        for bytes in [&[5, 1][..], &[0xff, 0xff], &[0xff; 12], &[200]] {
+            assert!(Cells(bytes).next().is_err(), "{bytes:?}");
+        }
+        assert!(Column::new(&DataType::Int16).unwrap().push(Some(&[0, 0, 1])).is_err());
+        assert!(Column::new(&DataType::Utf8).unwrap().push(Some(&[0xff])).is_err());
+    }
+}

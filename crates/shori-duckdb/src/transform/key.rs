@@ -100,3 +100,63 @@ impl FromSql for Key {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{ArrayRef, Decimal128Array, Float64Array, StringArray};
+    use std::sync::Arc;
+
+    use super::super::cells::{Cells, write_value};
+    use super::*;
+
+    #[test]
+    fn keys_sort_and_differ_as_their_values_do() {
+        let sorted: Vec<ArrayRef> = vec![
+            Arc::new(StringArray::from(vec![
+                None,
+                Some(""),
+                Some("a"),
+                Some("a\0"),
+                Some("a\0b"),
+                Some("ab"),
+                Some("b"),
+            ])),
+            Arc::new(Float64Array::from(vec![None, Some(f64::MIN), Some(-1.5), Some(0.0), Some(1e-9), Some(2.0)])),
+            Arc::new(Decimal128Array::from(vec![
+                None,
+                Some(-(10i128.pow(30))),
+                Some(-1),
+                Some(0),
+                Some(1),
+                Some(1 << 90),
+            ])),
+        ];
+        for array in sorted {
+            let key = |row| {
+                let mut bytes = Vec::new();
+                write_value(array.as_ref(), row, &mut bytes).unwrap();
+                Key::of_one(array.data_type(), Cells(&bytes).next().unwrap()).unwrap()
+            };
+            for row in 1..array.len() {
+                assert!(key(row - 1) < key(row), "{array:?} at {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn columns_of_a_key_do_not_run_into_each_other() {
+        let types = [DataType::Utf8, DataType::Utf8];
+        let key = |cells: &[Cell<'_>]| Key::of(&[0, 1], |index| &types[index], cells).unwrap();
+        let texts: [Cell<'_>; 5] = [None, Some(b""), Some(b"a"), Some(b"a\0"), Some(b"ab")];
+        let mut keys: Vec<Key> = texts.iter().flat_map(|a| texts.map(|b| key(&[*a, b]))).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), 25);
+    }
+
+    #[test]
+    fn a_single_number_is_one() {
+        assert_eq!(Key::of_one(&DataType::Int64, Some(&[0x2c, 1])).unwrap(), Key::Number(300));
+        assert!(matches!(Key::of_one(&DataType::Int64, None).unwrap(), Key::Bytes(_)));
+    }
+}
