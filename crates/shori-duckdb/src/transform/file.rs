@@ -65,7 +65,9 @@ impl StateFile {
             Some(connection) => connection,
             None => connect(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE, READER_CACHE_KIB)?,
         };
-        connection.execute_batch("begin").map_err(|cause| failure("read", cause))?;
+        // Of itself, SQLite begins to read with the first query: by then, state has gone on.
+        let begin = "begin; select count(*) from owner";
+        connection.execute_batch(begin).map_err(|cause| failure("read", cause))?;
         Ok(View { connection: Some(connection), file: self.clone() })
     }
 }
@@ -275,5 +277,22 @@ pub(super) fn failure(operation: &str, cause: rusqlite::Error) -> Error {
     match remedy {
         Some(remedy) => error.with_remedy(remedy),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_view_is_of_the_state_in_which_it_was_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, writer) = StateFile::open(&folder.path().join("state.sqlite")).unwrap();
+        let count = |connection: &Connection| number(connection, "select count(*) from applied", &[]).unwrap();
+        for round in 0..3 {
+            let view = file.view().unwrap();
+            execute(&writer, "insert into applied values (?, x'', x'', 0)", &[&round]).unwrap();
+            assert_eq!((count(&view), count(&writer)), (round, round + 1));
+        }
     }
 }
