@@ -3,7 +3,6 @@
 //! Most is checked by comparing: random transactions flow through a model source and store into the transform, and
 //! after each step the targets must be what the oracle works out from the commit log.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
