@@ -8,5 +8,4 @@ pub mod control;
 pub mod failpoints;
 pub mod freshness;
 pub mod generate;
-pub mod heap;
 pub mod verify;

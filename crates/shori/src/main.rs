@@ -1,8 +1,10 @@
 //! The `shori` program.
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod heap;
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    shori::heap::bound();
     shori::cli::main()
 }
