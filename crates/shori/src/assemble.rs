@@ -1,10 +1,11 @@
 //! Makes a pipeline from its configuration: the one place that knows which kinds of sources and stores there are.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use shori_core::event::Events;
 use shori_core::ingest::IngestSettings;
@@ -25,6 +26,7 @@ use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 use crate::config::{
     EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreConfig, StoreKind,
 };
+use crate::control::Client;
 
 /// A pipeline's files, held by this process alone until dropped.
 pub struct Opened {
@@ -33,6 +35,10 @@ pub struct Opened {
     pub staging: Arc<DuckdbStore>,
     _lock: Lock,
 }
+
+/// How long another process may hold a folder without running its pipeline before that is an error.
+const HELD_BRIEFLY: Duration = Duration::from_secs(5);
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// Holds a pipeline's folder against other processes.
 pub struct Lock(#[expect(dead_code, reason = "held, not read: dropping it unlocks")] File);
@@ -43,13 +49,24 @@ impl Lock {
         std::fs::create_dir_all(directory).map_err(|cause| Error::new(ErrorKind::Usage, "create", object(), cause))?;
         let file = File::create(directory.join("lock"))
             .map_err(|cause| Error::new(ErrorKind::Usage, "write to", object(), cause))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self(file)),
-            Err(std::fs::TryLockError::WouldBlock) => {
-                Err(Error::new(ErrorKind::InUse, "open", object(), "another shori process holds it")
-                    .with_remedy("stop that process, or name another folder"))
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Self(file)),
+                // One that only looks has soon done so, and one that starts can soon be asked.
+                Err(TryLockError::WouldBlock)
+                    if begun.elapsed() < HELD_BRIEFLY && Client::connect(directory).is_none() =>
+                {
+                    thread::sleep(LOCK_POLL);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::new(ErrorKind::InUse, "open", object(), "another shori process holds it")
+                        .with_remedy("stop that process, or name another folder"));
+                }
+                Err(TryLockError::Error(cause)) => {
+                    return Err(Error::new(ErrorKind::Refused, "lock", object(), cause));
+                }
             }
-            Err(std::fs::TryLockError::Error(cause)) => Err(Error::new(ErrorKind::Refused, "lock", object(), cause)),
         }
     }
 }
@@ -188,6 +205,21 @@ fn settings(loaded: &Loaded, once: bool) -> Settings {
 pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Projection> {
     let wrong = |cause: &str| loaded.wrong(&format!("projection {}", configured.name), cause);
     let table = || configured.table.as_deref().ok_or_else(|| wrong("it names no table"));
+    let is_sql = matches!(configured.kind, ProjectionKind::Sql);
+    let has_measures = configured.weight.is_some() || !configured.additive.is_empty() || configured.publish_weight;
+    let foreign = [
+        (
+            "table",
+            is_sql && configured.table.is_some(),
+            "which is for kinds \"latest\" and \"history\": name its tables",
+        ),
+        ("tables", !is_sql && !configured.tables.is_empty(), "which is for kind \"sql\": name its table"),
+        ("entity", !is_sql && configured.entity.is_some(), "which is for kind \"sql\": leave it out"),
+        ("additive columns or a weight", !is_sql && has_measures, "which are for kind \"sql\": leave them out"),
+    ];
+    if let Some((key, _, cause)) = foreign.iter().find(|(_, is_given, _)| *is_given) {
+        return Err(wrong(&format!("it has {key}, {cause}")));
+    }
     let derivation = match configured.kind {
         ProjectionKind::Sql => Derivation::Sql(sql_projection(loaded, configured)?),
         _ if configured.sql.is_some() => return Err(wrong("only kind \"sql\" has a query")),
@@ -218,6 +250,9 @@ fn sql_projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<SqlP
         (None, false) => return Err(wrong("additive columns need a weight, so that empty rows can be told")),
     };
     let maintenance = match &configured.entity {
+        None if configured.weight.is_some() || !configured.additive.is_empty() => {
+            return Err(wrong("additive columns and a weight are kept by entity: name its entity, or leave them out"));
+        }
         None => Maintenance::Recompute,
         Some(paths) => {
             if let Some(table) = paths.keys().find(|table| !configured.tables.contains(table)) {

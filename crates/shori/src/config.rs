@@ -9,10 +9,13 @@ mod places;
 mod refusals;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use shori_core::{Error, ErrorKind, Result};
 
 /// A pipeline, as configured.
@@ -127,11 +130,35 @@ pub struct ProjectionConfig {
     pub enabled: bool,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug)]
 pub enum EntityPathConfig {
     Column(String),
     Through(ThroughConfig),
+}
+
+impl<'de> Deserialize<'de> for EntityPathConfig {
+    /// By hand, since serde's own untagged enums cannot tell what is wrong.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Path;
+
+        impl<'de> Visitor<'de> for Path {
+            type Value = EntityPathConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a column's name, or { through = \"table\", column = \"name\" }")
+            }
+
+            fn visit_str<E: de::Error>(self, column: &str) -> Result<Self::Value, E> {
+                Ok(EntityPathConfig::Column(column.to_string()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, keys: A) -> Result<Self::Value, A::Error> {
+                ThroughConfig::deserialize(MapAccessDeserializer::new(keys)).map(EntityPathConfig::Through)
+            }
+        }
+
+        deserializer.deserialize_any(Path)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -36,6 +36,8 @@ use frames::Frames;
 const REQUEST_MAX_BYTES: u64 = 1 << 20;
 /// How long rows wait to be taken.
 const TAKEN_WITHIN: Duration = Duration::from_secs(120);
+/// How long a request waits for a pipeline that has just begun.
+const START_WAIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -173,11 +175,22 @@ impl Server {
         match request {
             Request::Query { .. } => {}
             Request::Rebuild { projection } => self.handle.rebuild(&projection).await?,
-            Request::Resnapshot { table, retyped } => self.handle.resnapshot(&table, retyped).await?,
+            Request::Resnapshot { table, retyped } => {
+                self.begun().await?;
+                self.handle.resnapshot(&table, retyped).await?;
+            }
             Request::Compact => answer.number = self.handle.compact().await?,
             Request::Pid => answer.number = u64::from(std::process::id()),
         }
         Ok(answer)
+    }
+
+    /// A pipeline that has just begun does not know its tables yet. A source that is not there is not waited for longer.
+    async fn begun(&self) -> Result<()> {
+        match tokio::time::timeout(START_WAIT, self.handle.ready()).await {
+            Ok(ready) => ready,
+            Err(_) => Ok(()),
+        }
     }
 
     /// Answers a query, all but its last line. The outer error is that of the connection.

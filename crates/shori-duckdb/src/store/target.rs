@@ -285,20 +285,23 @@ impl Written {
     }
 }
 
-/// Rows are derived whole from state: where a projection wrote them, and their key or the type of a column is another
-/// now, they are made anew. Versions are kept: nothing else may hold what they do.
+/// Rows are derived whole from state: where a projection wrote them, and their key, or a column's name or type, is another
+/// now, they are made anew, and so where a column does not come any more: it would be left as it was. Columns that are
+/// new are added. Versions are kept: nothing else may hold what they do.
 fn is_made_anew(target: &Target, columns: &[(String, String)], stored: Option<&Written>, key: &str) -> Result<bool> {
     let rows = shape_name(&TargetShape::Rows);
     let Some(stored) = stored.filter(|_| !columns.is_empty()) else { return Ok(false) };
     if stored.shape != rows || shape_name(&target.shape) != rows {
         return Ok(false);
     }
-    let mut other = stored.key != key;
-    for field in &table_fields(target) {
-        let wanted = described_type(field.data_type())?;
-        other |= columns.iter().any(|(name, stored)| name.eq_ignore_ascii_case(field.name()) && *stored != wanted);
+    if stored.key != key {
+        return Ok(true);
     }
-    Ok(other)
+    let mut wanted = Vec::new();
+    for field in &table_fields(target) {
+        wanted.push((field.name().clone(), described_type(field.data_type())?));
+    }
+    Ok(columns.iter().any(|column| !wanted.contains(column)))
 }
 
 pub(super) fn is_empty(session: &Session, table: &str) -> Result<bool> {

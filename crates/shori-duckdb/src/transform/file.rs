@@ -271,6 +271,8 @@ pub(super) fn failure(operation: &str, cause: rusqlite::Error) -> Error {
         Some(ErrorCode::DiskFull) => full,
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => (ErrorKind::Corrupt, Some(REMOVE_IT)),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => (ErrorKind::Unavailable, None),
+        // What is there is not what this program writes.
+        None => (ErrorKind::Corrupt, Some(REMOVE_IT)),
         _ => (ErrorKind::Refused, None),
     };
     let error = Error::new(kind, operation, OBJECT, cause);
@@ -283,6 +285,17 @@ pub(super) fn failure(operation: &str, cause: rusqlite::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Trying again would never end.
+    #[test]
+    fn what_is_there_and_cannot_be_read_is_damage_with_a_remedy() {
+        let connection = Connection::open_in_memory().unwrap();
+        let text = "select cast(x'ff' as text)";
+        let error = rows(&connection, text, &[], |row| row.get::<_, String>(0)).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(REMOVE_IT), "{error}");
+        let error = rows(&connection, "select 'a'", &[], |row| row.get::<_, i64>(0)).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains(REMOVE_IT), "{error}");
+    }
 
     #[test]
     fn a_view_is_of_the_state_in_which_it_was_opened() {

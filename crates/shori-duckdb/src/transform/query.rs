@@ -201,6 +201,12 @@ pub(super) fn shape(session: &Session, layout: &Layout, sql: &SqlProjection) -> 
     if let Some(name) = sql.key.iter().chain(&sums).find(|name| named(name).is_none()) {
         return Err(misfit(sql, format!("it returns no column {name}, which its declaration names")));
     }
+    let is_number = |field: &FieldRef| field.data_type().is_numeric();
+    if let Some(field) = sums.iter().filter_map(named).find(|field| !is_number(field)) {
+        let cause =
+            format!("column {} is no number, and additive columns are sums: leave it out of them", field.name());
+        return Err(misfit(sql, cause));
+    }
     // Differences of floating sums drift: such columns are recomputed for the keys touched.
     sums.retain(|name| named(name).is_some_and(|field| !field.data_type().is_floating()));
     if its_weight.as_ref().is_some_and(|weight| !sums.contains(weight)) {

@@ -21,24 +21,30 @@ pub enum Reach {
 impl Reach {
     /// For what needs the pipeline to run.
     pub fn new(loaded: &Loaded) -> Result<Self> {
-        match Client::connect(&loaded.state_directory()) {
-            Some(client) => Ok(Reach::Running(client)),
-            None => {
-                assemble::must_be_able_to_begin(loaded)?;
-                Ok(Reach::Files(Box::new(assemble::open(loaded)?)))
-            }
+        Self::running_or(loaded, || {
+            assemble::must_be_able_to_begin(loaded)?;
+            Ok(Reach::Files(Box::new(assemble::open(loaded)?)))
+        })
+    }
+
+    /// One that is just starting holds the files before it can be reached.
+    fn running_or(loaded: &Loaded, open: impl FnOnce() -> Result<Self>) -> Result<Self> {
+        let connect = || Client::connect(&loaded.state_directory()).map(Reach::Running);
+        match connect() {
+            Some(running) => Ok(running),
+            None => open().or_else(|error| match error.kind() {
+                ErrorKind::InUse => connect().ok_or(error),
+                _ => Err(error),
+            }),
         }
     }
 
     /// For looking only: makes no file, and refuses a pipeline that has none yet.
     pub fn to_look(loaded: &Loaded) -> Result<Self> {
-        match Client::connect(&loaded.state_directory()) {
-            Some(client) => Ok(Reach::Running(client)),
-            None => match assemble::open_made(loaded)? {
-                Some(opened) => Ok(Reach::Files(Box::new(opened))),
-                None => Err(has_not_run(loaded)),
-            },
-        }
+        Self::running_or(loaded, || match assemble::open_made(loaded)? {
+            Some(opened) => Ok(Reach::Files(Box::new(opened))),
+            None => Err(has_not_run(loaded)),
+        })
     }
 
     pub fn is_running(&self) -> bool {

@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, RecordBatch, UInt64Array};
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt64Array};
 use arrow::compute::take;
+use arrow::datatypes::TimestampMicrosecondType;
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 use async_trait::async_trait;
 use shori_core::change::{ChangeBatch, ChangeHeadBuilder, Op};
@@ -120,7 +121,13 @@ fn difference(name: &str, by_change: &Rows, in_full: &Rows) -> Option<Error> {
 fn texts(batch: &RecordBatch, key: &[String]) -> Result<Rows> {
     let options = FormatOptions::default().with_null("null");
     let schema = batch.schema();
-    let formatters: Vec<(&str, ArrayFormatter<'_>)> = (batch.columns().iter().zip(schema.fields()))
+    // The name of a zone tells nothing here, and Arrow would look it up.
+    let plain = |array: &ArrayRef| match array.as_primitive_opt::<TimestampMicrosecondType>() {
+        Some(times) => Arc::new(times.clone().with_timezone_opt(None::<&str>)),
+        None => array.clone(),
+    };
+    let columns: Vec<ArrayRef> = batch.columns().iter().map(plain).collect();
+    let formatters: Vec<(&str, ArrayFormatter<'_>)> = (columns.iter().zip(schema.fields()))
         .map(|(array, field)| Ok((field.name().as_str(), ArrayFormatter::try_new(array, &options)?)))
         .collect::<Result<_>>()?;
     let text = |row: usize, wanted: &dyn Fn(&str) -> bool| {

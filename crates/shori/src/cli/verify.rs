@@ -23,7 +23,8 @@ use crate::verify::{
 /// Recompute every projection from the source's tables, and compare.
 ///
 /// Shares no code with what keeps the projections. Each is compared as of its own checkpoint, so a running pipeline can
-/// be verified too. Exit status 1 names the keys that differ.
+/// be verified too: a note tells where the source has gone on since, and a projection that has failed is no match. Exit
+/// status 1 names the keys that differ.
 #[derive(Args)]
 #[command(after_help = "Example:\n  shori verify --dir demo")]
 pub struct Verify {

@@ -117,7 +117,7 @@ pub(super) struct Difference {
 
 pub(super) fn difference(column: &str, newest: u64) -> Difference {
     let quoted = quote_name(column);
-    let condition = if column == SOURCE_LSN {
+    let condition = if column == SOURCE_LSN || column == LSN {
         // The last change of a row is only known while the source keeps it, and a snapshot may have read the row later.
         format!(
             "(e.{quoted} is not null and (f.{quoted} is null or f.{quoted} < e.{quoted} \

@@ -141,6 +141,7 @@ impl ProjectionReport {
             rows_expected: 0,
             rows_found: 0,
             findings: Vec::new(),
+            has_failed: false,
             notes: Vec::new(),
         }
     }
@@ -175,6 +176,9 @@ pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> 
             projections.push(report);
             continue;
         };
+        if checkpoint.values().any(|id| *id < source.head) {
+            report.notes.push(format!("compared as of the source's change {}", report.as_of_change));
+        }
         match compare(input, &scratch, &mut source, &mut asof, projection, &checkpoint, &mut report) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::Unavailable => report = report.not(State::Behind, error),
@@ -196,6 +200,7 @@ fn load(
     let mut report = ProjectionReport::of(projection);
     serving.choose(&projection.store)?;
     if let Some(error) = serving::failure(serving, projection) {
+        report.has_failed = true;
         report.notes.push(format!("it has failed: {error}"));
     }
     for table in serving::standing_still(serving, input, projection)? {

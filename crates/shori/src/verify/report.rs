@@ -28,6 +28,8 @@ pub struct ProjectionReport {
     /// Rows that the projection has; for a history, versions.
     pub rows_found: u64,
     pub findings: Vec<Finding>,
+    /// It has failed since, and is not kept up to date any more.
+    pub has_failed: bool,
     /// What could not be compared, and why.
     pub notes: Vec<String>,
 }
@@ -107,12 +109,13 @@ impl Report {
 
 impl ProjectionReport {
     pub fn ok(&self) -> bool {
-        self.state == State::Compared && self.findings.is_empty()
+        self.state == State::Compared && self.findings.is_empty() && !self.has_failed
     }
 
     fn result(&self) -> &'static str {
         match self.state {
             State::Compared if self.ok() => "ok",
+            State::Compared if self.findings.is_empty() => "FAILED",
             State::Compared => "WRONG",
             State::NotBuilt => "NOT BUILT",
             State::Behind => "BEHIND",

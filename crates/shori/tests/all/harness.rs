@@ -247,9 +247,7 @@ impl World {
 /// Runs a command to its end.
 #[track_caller]
 pub fn run(command: Command) -> Done {
-    let mut running = Running::start(command);
-    let status = running.wait();
-    Done { status: status.code(), out: running.out(), err: running.err() }
+    Running::start(command).end()
 }
 
 impl Done {

@@ -38,6 +38,58 @@ fn a_wrong_configuration_is_one_line_and_status_2() {
 }
 
 #[test]
+fn a_wrong_way_to_an_entity_is_told_by_its_key() {
+    let mut world = small();
+    let cases: [(&str, &[&str]); 4] = [
+        ("{ throgh = \"others\", column = \"id\" }", &["unknown field `throgh`", "did you mean through?"]),
+        ("{ through = \"others\", colum = \"id\" }", &["unknown field `colum`", "did you mean column?"]),
+        ("{ through = \"others\" }", &["missing field `column`"]),
+        ("5", &["a column's name, or { through = \"table\", column = \"name\" }"]),
+    ];
+    for (way, parts) in cases {
+        world.configure(&format!("{CONFIGURATION}[projection.entity]\nthings = {way}\n"));
+        world.shori(&["check"]).tells(2, &[parts, &["shori.toml line"]].concat());
+    }
+}
+
+#[test]
+fn a_key_of_another_kind_of_projection_is_refused() {
+    let mut world = small();
+    let (latest, sql) = ("kind = \"latest\"\ntable = \"things\"", "kind = \"sql\"");
+    let cases: [(&str, &str, &[&str]); 4] = [
+        (latest, "tables = [\"things\"]", &["projection things_latest", "it has tables", "name its table"]),
+        (latest, "additive = [\"amount\"]", &["projection things_latest", "it has additive columns or a weight"]),
+        (sql, "table = \"things\"", &["projection amount_by_name", "it has table", "name its tables"]),
+        (sql, "weight = \"weight\"", &["projection amount_by_name", "name its entity, or leave them out"]),
+    ];
+    for (kind, more, parts) in cases {
+        world.configure(&CONFIGURATION.replacen(kind, &format!("{kind}\n{more}"), 1));
+        for verb in [&["check"][..], &["run", "--once"]] {
+            world.shori(verb).tells(2, parts);
+        }
+    }
+}
+
+/// Whoever only looks holds the files for a moment.
+#[test]
+fn who_looks_keeps_nobody_from_starting() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    for words in [&["status"][..], &["query", "select 1"], &["resnapshot", "things"], &["verify"]] {
+        for _ in 0..3 {
+            let beside = world.start(words);
+            let mut running = world.run();
+            let ended = beside.end();
+            assert_eq!(ended.status, Some(0), "{words:?}: {ended:?}");
+            running.assert_running();
+            world.catch_up(&mut running);
+            running.stop();
+        }
+    }
+    world.verify();
+}
+
+#[test]
 fn what_cannot_be_meant_is_refused_by_every_verb() {
     let mut world = small();
     let latest = "[[projection]]\nname = \"things_latest\"";

@@ -127,6 +127,8 @@ fn a_declaration_that_does_not_fit_its_query_is_found_by_check() {
     world.succeed(&["check"]);
     world.put("amount_by_name.sql", &weighed.replace("sum(amount)", "max(amount)"));
     world.shori(&["check"]).tells(1, &["amount_by_name", "tried on sampled rows", "additive"]);
+    world.put("amount_by_name.sql", &weighed.replace(sum, "max(name) as amount"));
+    world.shori(&["check"]).tells(1, &["amount_by_name.sql", "column amount is no number", "leave it out of them"]);
 }
 
 #[test]
@@ -148,6 +150,11 @@ fn a_query_that_fails_when_run_keeps_its_rows_and_heals_with_the_data() {
         world.shori(&["run", "--once"])
     };
     once.tells(1, &["error: cannot refresh projection amount_by_name: cannot run the query", "two"]);
+    let verified = world.shori(&["verify"]);
+    assert_eq!(verified.status, Some(1), "{verified:?}");
+    for part in [" FAILED\n", "amount_by_name: note: it has failed", "compared as of the source's change"] {
+        assert!(verified.out.contains(part), "{}", verified.out);
+    }
     let mut running = world.run();
     world.write("update things set amount = '3' where id = 2;");
     world.catch_up(&mut running);
@@ -230,6 +237,63 @@ fn a_query_that_has_changed_is_run_over_everything() {
     world.succeed(&["run", "--once"]);
     world.verify();
     assert_eq!(world.value("select count(*) from amount_by_name"), "1");
+}
+
+/// Rows that were not touched since would keep what the column held, and others have nothing.
+#[test]
+fn a_column_that_a_query_gives_no_more_goes_from_its_table() {
+    let world = small();
+    world.succeed(&["run", "--once"]);
+    let columns = || {
+        let sql = "select string_agg(column_name, ' ' order by column_index) from duckdb_columns()
+                   where table_name = 'amount_by_name'";
+        world.value(sql)
+    };
+    let given = "cast(sum(amount) as decimal(18, 2)) as amount";
+    for (gives, stand) in [
+        ("count(*) as things", "name things"),
+        ("count(*) as things, sum(amount) as amount", "name things amount"),
+        ("count(*) as Things", "name Things"),
+        (given, "name amount"),
+    ] {
+        world.put("amount_by_name.sql", &QUERY.replace(given, gives));
+        world.write("update things set amount = amount + 1 where id = 1;");
+        world.succeed(&["run", "--once"]);
+        assert_eq!(columns(), stand);
+        world.verify();
+    }
+}
+
+/// The source keeps no record of what wrote a row before it was captured.
+#[test]
+fn a_query_that_gives_the_commit_of_its_rows_is_verified() {
+    let world = small();
+    world.put("amount_by_name.sql", "select * from things");
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    world.write("update things set amount = '7.70' where id = 2;");
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_eq!(world.value("select count(__lsn) from amount_by_name"), "2");
+}
+
+#[test]
+fn an_instant_is_tried_out_like_other_columns() {
+    let mut world = small();
+    world.configure(
+        &CONFIGURATION.replace("[source.tables.others]", "[source.tables.times]\n[source.tables.others]").replace(
+            "sql = \"amount_by_name.sql\"\ntables = [\"things\"]\nkey = [\"name\"]",
+            "sql = \"amount_by_name.sql\"\ntables = [\"times\"]\nkey = [\"id\"]",
+        ),
+    );
+    world.put("amount_by_name.sql", "select id, moment from times");
+    world.write(
+        "create table times (id integer primary key, moment timestamptz);
+         insert into times values (1, '2026-01-02T03:04:05Z'), (2, '2026-01-02T03:04:05+01:00');",
+    );
+    world.succeed(&["check"]);
+    world.succeed(&["run", "--once"]);
+    world.verify();
 }
 
 /// Its key's type has changed: what the log holds of it is of another shape.
