@@ -11,7 +11,7 @@
 //! reads them puts them together (see [`kept`](super::kept)). Where the commit found such keys is noted, so that it goes
 //! on as if all had been held.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use rusqlite::Connection;
@@ -27,10 +27,10 @@ use super::rows::Writer;
 use super::tables::{CaptureNumber, Head, Table};
 
 /// Tests have small tables: where they run, rows are written in the midst of a step.
-const HELD_MAX_BYTES: usize = if cfg!(debug_assertions) { 4 << 10 } else { 48 << 20 };
+const HELD_MAX_BYTES: usize = if cfg!(debug_assertions) { 8 << 10 } else { 56 << 20 };
 
-/// Memory of an entry beside its rows, about.
-const ENTRY_BYTES: usize = 200;
+/// Memory of an entry beside its rows: itself, and its place, in a table that is half full at worst.
+const ENTRY_BYTES: usize = size_of::<(Key, Entry)>() + 2 * size_of::<(Key, u32)>();
 
 /// What is kept of step n has ids from n times 2 to the power of this.
 pub(super) const STEP_SHIFT: i64 = 32;
@@ -106,7 +106,9 @@ pub(super) struct TableStep {
     versions: i64,
     net_changes: i64,
     next_id: i64,
-    held: HashMap<Key, Entry>,
+    /// Where a touched key is in `held`: entries are large, and a hash table has room for twice as many as it holds.
+    places: HashMap<Key, u32>,
+    held: Vec<(Key, Entry)>,
     held_bytes: usize,
     /// The commit in whose midst rows were written.
     written_in: Option<(CaptureNumber, Lsn)>,
@@ -122,7 +124,8 @@ impl TableStep {
             versions: 0,
             net_changes: 0,
             next_id: step << STEP_SHIFT,
-            held: HashMap::new(),
+            places: HashMap::new(),
+            held: Vec::new(),
             held_bytes: 0,
             written_in: None,
             moved: None,
@@ -193,10 +196,9 @@ impl TableStep {
 
     /// The touched key, read from the file when it is first met.
     fn entry(&mut self, writer: &mut Writer<'_>, leg: &Leg, key: &Key, lsn: Lsn) -> Result<&mut Entry> {
-        let slot = match self.held.entry(key.clone()) {
-            hash_map::Entry::Occupied(held) => return Ok(held.into_mut()),
-            hash_map::Entry::Vacant(slot) => slot,
-        };
+        if let Some(&place) = self.places.get(key) {
+            return Ok(&mut self.held[place as usize].1);
+        }
         let mut entry = writer.read(key)?;
         if self.table.has_history
             && self.written_in == Some((leg.number, lsn))
@@ -204,9 +206,12 @@ impl TableStep {
         {
             entry.pending = Some(Pending { lsn, existed, boundary, goes_on: true, last: None });
         }
-        self.held_bytes += ENTRY_BYTES + key.heap_bytes() + 2 * entry.now.as_ref().map_or(0, |row| row.cells.len());
+        self.held_bytes += ENTRY_BYTES + 2 * key.heap_bytes() + 2 * entry.now.as_ref().map_or(0, |row| row.cells.len());
         entry.capture = leg.number;
-        Ok(slot.insert(entry))
+        let place = self.held.len();
+        self.places.insert(key.clone(), place as u32);
+        self.held.push((key.clone(), entry));
+        Ok(&mut self.held[place].1)
     }
 
     /// Applies one whole image. Returns the row that stood before it.
@@ -240,7 +245,7 @@ impl TableStep {
         if let Some(version) = version {
             self.keep_version(writer, &key, &version)?;
         }
-        self.held_bytes += cells.len();
+        self.held_bytes += 2 * cells.len();
         Ok(before)
     }
 
@@ -298,7 +303,8 @@ impl TableStep {
     /// Writes what is held, in the order of keys; what `commit` has touched, which may go on, is noted.
     fn write_held(&mut self, writer: &mut Writer<'_>, commit: Option<(CaptureNumber, Lsn)>) -> Result<()> {
         self.written_in = commit;
-        let mut held: Vec<(Key, Entry)> = self.held.drain().collect();
+        self.places.clear();
+        let mut held = std::mem::take(&mut self.held);
         held.sort_unstable_by(|(left, _), (right, _)| left.cmp(right));
         for (key, entry) in &mut held {
             if let Some((number, lsn)) = commit
@@ -316,7 +322,10 @@ impl TableStep {
             }
         }
         self.held_bytes = 0;
-        writer.write(&held)
+        writer.write(&held)?;
+        held.clear();
+        self.held = held;
+        Ok(())
     }
 }
 
