@@ -1,7 +1,6 @@
 //! The whole demo pipeline over the large state, while the generator, a process of its own, writes at a given rate.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,7 +15,7 @@ use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::assemble;
-use crate::bench::Place;
+use crate::bench::{Place, drive};
 use crate::config::Loaded;
 use crate::freshness::{Freshness, Percentiles};
 
@@ -76,7 +75,7 @@ pub(super) async fn run(place: &Place, warm_up: Duration, measured: Duration) ->
 async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duration, measured: Duration) -> Result<Flow> {
     handle.ready().await?;
     let changes = (RATE as f64 * (warm_up + measured).as_secs_f64()) as u64;
-    let generator = generate(&loaded.base, changes)?;
+    let generator = generate(loaded, changes)?;
     tokio::time::sleep(warm_up).await;
     watch.warm.store(true, Ordering::Relaxed);
     let generated = tokio::task::spawn_blocking(move || finished(generator)).await;
@@ -150,13 +149,18 @@ impl Watch {
     }
 }
 
-fn generate(directory: &Path, changes: u64) -> Result<Child> {
+/// A state that was measured before has a seed of its own: the same choices again would change nothing, a customer being in
+/// the segment already to which it moves.
+fn generate(loaded: &Loaded, changes: u64) -> Result<Child> {
+    let newest = "select coalesce(max(order_id), 0) from orders";
+    let seed: i64 =
+        drive::open_source(loaded)?.query_row(newest, [], |row| row.get(0)).map_err(drive::source_error("look at"))?;
     let fail = |cause| Error::new(ErrorKind::Refused, "start", "the generator", cause);
     let program = std::env::current_exe().map_err(fail)?;
-    let (rate, changes) = (RATE.to_string(), changes.to_string());
+    let (rate, changes, seed) = (RATE.to_string(), changes.to_string(), seed.to_string());
     Command::new(program)
-        .args(["generate", "--json", "--rate", &rate, "--changes", &changes, "--dir"])
-        .arg(directory)
+        .args(["generate", "--json", "--rate", &rate, "--changes", &changes, "--seed", &seed, "--dir"])
+        .arg(&loaded.base)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
