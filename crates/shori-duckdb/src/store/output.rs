@@ -379,8 +379,8 @@ impl OpenOutput {
         Ok((written, swapped))
     }
 
-    /// Leaves the deleted rows of a plain table behind, in a transaction of its own: in one with changes of the same table,
-    /// DuckDB would log these as if they were of the new one. A table that cannot be written anew stays slower.
+    /// Leaves the deleted rows of a plain table behind, in a transaction of its own, so that a table that cannot be written anew
+    /// undoes no commit and is merely slower.
     fn write_anew(&mut self) {
         let table = &self.step.target.projection;
         let name = quote_name(table);

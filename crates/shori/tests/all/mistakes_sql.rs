@@ -250,6 +250,9 @@ fn a_column_that_a_query_gives_no_more_goes_from_its_table() {
         world.value(sql)
     };
     let given = "cast(sum(amount) as decimal(18, 2)) as amount";
+    let base = "select count(*) from duckdb_tables() where table_name = 'amount_by_name__base'";
+    let more: String = (3..9).map(|id| format!("insert into things values ({id}, 'n{id}', '1');")).collect();
+    world.write(&more);
     for (gives, stand) in [
         ("count(*) as things", "name things"),
         ("count(*) as things, sum(amount) as amount", "name things amount"),
@@ -260,6 +263,11 @@ fn a_column_that_a_query_gives_no_more_goes_from_its_table() {
         world.write("update things set amount = amount + 1 where id = 1;");
         world.succeed(&["run", "--once"]);
         assert_eq!(columns(), stand);
+        world.verify();
+        // By then it is kept in layers.
+        world.write("update things set amount = amount + 1, name = name || 'x' where id = 2;");
+        world.succeed(&["run", "--once"]);
+        assert_eq!(world.value(base), "1");
         world.verify();
     }
 }
