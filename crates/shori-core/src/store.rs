@@ -182,6 +182,14 @@ pub enum OutputRows {
     Close(RecordBatch),
 }
 
+impl OutputRows {
+    pub fn batch(&self) -> &RecordBatch {
+        match self {
+            Self::Upsert(rows) | Self::Delete(rows) | Self::Version(rows) | Self::Close(rows) => rows,
+        }
+    }
+}
+
 /// Hands out an output in parts of bounded size, once. A pull that fails makes the commit fail.
 #[async_trait]
 pub trait OutputReader: Send {

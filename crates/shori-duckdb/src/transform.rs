@@ -12,6 +12,7 @@
 //!
 //! One connection writes the file; others see it as it was when they began. DuckDB's tables are in memory and spill.
 
+mod adding;
 mod advance;
 mod cells;
 mod compute;
@@ -255,7 +256,7 @@ impl Computer {
 
     fn drop_pending(&mut self, projection: &str) -> Result<()> {
         match self.pending.remove(projection) {
-            Some(pending) => pending.place.drop_tables(&self.session),
+            Some(pending) => pending.drop_tables(&self.session),
             None => Ok(()),
         }
     }

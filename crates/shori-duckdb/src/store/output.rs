@@ -156,18 +156,10 @@ pub(super) async fn gather(reader: &mut dyn OutputReader) -> Result<Vec<OutputRo
     let mut rows = 0;
     while rows < LOAD_ROWS {
         let Some(part) = reader.next().await? else { break };
-        rows += record_batch(&part).num_rows();
+        rows += part.batch().num_rows();
         parts.push(part);
     }
     Ok(parts)
-}
-
-fn record_batch(part: &OutputRows) -> &RecordBatch {
-    match part {
-        OutputRows::Upsert(rows) | OutputRows::Delete(rows) | OutputRows::Version(rows) | OutputRows::Close(rows) => {
-            rows
-        }
-    }
 }
 
 /// After a conflict between transactions: what has become of the step.
@@ -264,7 +256,7 @@ fn known(session: &Session, target: &Target, active: Option<Side>) -> Result<Kno
 impl OpenOutput {
     pub fn load(&mut self, parts: Vec<OutputRows>) -> Result<()> {
         for part in parts {
-            if record_batch(&part).num_rows() == 0 {
+            if part.batch().num_rows() == 0 {
                 continue;
             }
             match (part, &mut self.versions) {

@@ -7,30 +7,42 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use arrow::datatypes::SchemaRef;
 use rusqlite::Connection;
 use shori_core::position::{CaptureId, Micros, Positions};
 use shori_core::projection::{Derivation, Maintenance, Measures, Projection, SqlProjection};
-use shori_core::store::{OutputKind, OutputReader};
+use shori_core::store::{OutputKind, OutputReader, OutputRows};
 use shori_core::transform::Applied;
 use shori_core::{Error, ErrorKind, Result};
 
+use super::adding::{Added, Adding};
 use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
 use super::file::{self, StateFile};
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
-use super::reader::{Part, PartKind, READY_ROWS_MAX, Ready, Tables, stream};
+use super::reader::{Part, PartKind, READY_ROWS_MAX, Ready, Tables, read, stream};
 use super::results::{self, Change};
-use super::session::{Session, WORK, comma};
+use super::session::{Session, WORK, WorkTable, comma};
 use super::steps::{self, Need, Ranges, Standing};
 use super::tables::Table;
 use crate::database::{Database, quote_name, quote_text};
 
-/// An output as it lies there.
-pub(super) struct Laid {
-    pub kind: OutputKind,
-    pub parts: Vec<Part>,
+/// What a query came to.
+enum Made {
+    /// It is at hand, and this becomes of what is kept.
+    Held {
+        parts: VecDeque<OutputRows>,
+        change: Change,
+    },
+    Laid(Laid),
+}
+
+/// An output as it lies at its place.
+struct Laid {
+    kind: OutputKind,
+    parts: Vec<Part>,
 }
 
 pub(super) enum Outcome {
@@ -41,7 +53,7 @@ pub(super) enum Outcome {
 }
 
 /// Rows of an output, and keys that lose theirs.
-type Counts = (i64, i64);
+pub(super) type Counts = (i64, i64);
 
 /// Where the parts of one output lie.
 #[derive(Clone)]
@@ -54,6 +66,14 @@ impl Place {
 
     pub fn keys(&self) -> String {
         format!("{WORK}.main.out_{}_keys", self.0)
+    }
+
+    pub fn rows_table(&self, columns: SchemaRef) -> WorkTable {
+        WorkTable { schema: "main".into(), name: format!("out_{}_rows", self.0), columns }
+    }
+
+    pub fn keys_table(&self, columns: SchemaRef) -> WorkTable {
+        WorkTable { schema: "main".into(), name: format!("out_{}_keys", self.0), columns }
     }
 
     pub fn drop_tables(&self, session: &Session) -> Result<()> {
@@ -125,13 +145,15 @@ impl Computation<'_> {
             }
             (Derivation::Sql(sql), ranges, _) => {
                 let Some(shape) = shape else { return Ok(Outcome::UpToDate) };
-                let laid = self.query(sql, shape, ranges.filter(|_| self.since.is_some()), working)?;
-                change = match laid.kind {
-                    OutputKind::Replace => Change::Whole,
-                    _ if laid.parts.is_empty() => Change::Nothing,
-                    _ => Change::Difference,
+                let reader;
+                (reader, change) = match self.query(sql, shape, ranges.filter(|_| self.since.is_some()), working)? {
+                    Made::Held { parts, change } => (ready(OutputKind::Merge, parts), change),
+                    Made::Laid(laid) => {
+                        let change = if laid.kind == OutputKind::Replace { Change::Whole } else { Change::Difference };
+                        (self.read(laid)?, change)
+                    }
                 };
-                self.read(laid)?
+                reader
             }
             (_, _, None) => return Ok(Outcome::UpToDate),
         };
@@ -147,7 +169,7 @@ impl Computation<'_> {
         for part in &laid.parts {
             parts.extend(part.read_all(self.session)?);
         }
-        Ok(Box::new(Ready { kind: laid.kind, rows: rows as u64, parts }))
+        Ok(ready(laid.kind, parts))
     }
 
     /// Returns how many rows there are.
@@ -155,7 +177,7 @@ impl Computation<'_> {
         self.session.made(&format!("create or replace table {table} as {query}"))
     }
 
-    fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, working: &mut Working) -> Result<Laid> {
+    fn query(&self, sql: &SqlProjection, shape: &Shape, ranges: Option<Ranges>, working: &mut Working) -> Result<Made> {
         let settled = results::settled(self.connection, &self.projection.name)?;
         let stands = settled.is_some() && (settled.as_ref() == self.since || !results::keeps_result(sql));
         let (Some(ranges), true) = (ranges, stands) else { return self.whole(sql, shape, working) };
@@ -168,20 +190,18 @@ impl Computation<'_> {
                 let scope = Scope { ranges, step: steps::last(self.connection)? };
                 let (set, touched) = working.sets.get(self.session, self.connection, self.layout, entity, scope)?;
                 match touched {
-                    Touched::Nothing => return Ok(Laid { kind: OutputKind::Merge, parts: Vec::new() }),
+                    Touched::Nothing => return Ok(Made::Held { parts: VecDeque::new(), change: Change::Nothing }),
                     Touched::TooMany => return self.whole(sql, shape, working),
                     Touched::Some => {}
                 }
-                for (table, schema) in [("__before", schema_before(set)), ("__after", schema_after(set))] {
-                    let statement = format!("create or replace temp table {table} as select * from {{query}}");
-                    query::run(self.session, sql, &schema, &statement)?;
+                let make = |table: &str| format!("create or replace temp table {table} as select * from {{query}}");
+                let before = query::run(self.session, sql, &schema_before(set), &make("__before"))?;
+                if let (Measures::Additive { .. }, false) = (measures, shape.has_others) {
+                    return self.added(sql, shape, &schema_after(set));
                 }
+                let after = query::run(self.session, sql, &schema_after(set), &make("__after"))?;
                 match measures {
-                    // Its keys are those of groups, and so unique.
-                    Measures::Additive { .. } if !shape.has_others => {
-                        let counts = self.added(shape)?;
-                        return Ok(self.laid(shape, OutputKind::Merge, counts));
-                    }
+                    Measures::PerEntity if before + after <= READY_ROWS_MAX => return self.compared_at_once(shape),
                     Measures::PerEntity => self.compared(shape, "__before", "__after")?,
                     Measures::Additive { .. } => {
                         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
@@ -190,22 +210,31 @@ impl Computation<'_> {
                 }
             }
         };
-        self.check_key(shape, counts)?;
-        Ok(self.laid(shape, OutputKind::Merge, counts))
+        self.check_key(shape, &self.place.rows(), counts.0)?;
+        Ok(Made::Laid(self.laid(shape, OutputKind::Merge, counts)))
     }
 
     /// Runs the query in full.
-    fn whole(&self, sql: &SqlProjection, shape: &Shape, working: &mut Working) -> Result<Laid> {
+    fn whole(&self, sql: &SqlProjection, shape: &Shape, working: &mut Working) -> Result<Made> {
         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
         let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
-        query::run(self.session, sql, LIVE, &create)?;
-        let rows = self.session.number(&format!("select count(*) from {}", self.place.rows()))?;
-        self.check_key(shape, (rows, 0))?;
-        Ok(self.laid(shape, OutputKind::Replace, (rows, 0)))
+        let rows = query::run(self.session, sql, LIVE, &create)?;
+        self.check_key(shape, &self.place.rows(), rows)?;
+        Ok(Made::Laid(self.laid(shape, OutputKind::Replace, (rows, 0))))
+    }
+
+    /// The keys of what is added are those of groups, and so unique.
+    fn added(&self, sql: &SqlProjection, shape: &Shape, schema_after: &str) -> Result<Made> {
+        let (session, connection, projection) = (self.session, self.connection, &*self.projection.name);
+        let adding = Adding { session, connection, projection, shape, place: self.place };
+        Ok(match adding.add(sql, schema_after)? {
+            Added::Held { parts, rows } => Made::Held { parts, change: Change::Rows(rows) },
+            Added::Laid(counts) => Made::Laid(self.laid(shape, OutputKind::Merge, counts)),
+        })
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
-    fn check_key(&self, shape: &Shape, (rows, _): Counts) -> Result<()> {
+    fn check_key(&self, shape: &Shape, table: &str, rows: i64) -> Result<()> {
         if rows == 0 {
             return Ok(());
         }
@@ -217,7 +246,7 @@ impl Computation<'_> {
             &format!(
                 "select concat_ws(', ', {}) from {} group by {} having count(*) > 1 limit 1",
                 comma(named),
-                self.place.rows(),
+                table,
                 keys.join(", ")
             ),
             |row| row.get::<_, String>(0),
@@ -232,21 +261,27 @@ impl Computation<'_> {
         let rows = Part::of_table(PartKind::Upsert, self.place.rows(), shape.published.clone(), rows);
         let mut parts = vec![rows];
         if kind == OutputKind::Merge {
-            let fields = shape.key.iter().filter_map(|name| shape.fields.iter().find(|field| field.name() == name));
-            let keys = Arc::new(arrow::datatypes::Schema::new(fields.cloned().collect::<Vec<_>>()));
-            parts.push(Part::of_table(PartKind::Delete, self.place.keys(), keys, gone));
+            parts.push(Part::of_table(PartKind::Delete, self.place.keys(), shape.key_columns(), gone));
         }
         Laid { kind, parts }
     }
 
-    /// Rows of `after` that `before` has not, and keys of `before` that `after` has not.
+    /// Lays rows of `after` that `before` has not, and keys of `before` that `after` has not.
     fn compared(&self, shape: &Shape, before: &str, after: &str) -> Result<Counts> {
-        let rows = self.lay(&self.place.rows(), &format!("select * from (from {after} except from {before})"))?;
-        let gone = self.lay(
-            &self.place.keys(),
-            &format!("select {} from {before} b anti join {after} a on {}", shape.keys("b"), shape.key_match("b", "a")),
-        )?;
-        Ok((rows, gone))
+        let rows = self.lay(&self.place.rows(), &differing(shape, before, after, &shape.list("a")))?;
+        Ok((rows, self.lay(&self.place.keys(), &missing(shape, before, after))?))
+    }
+
+    /// As [`compared`](Self::compared) `__before` and `__after`, where both are small.
+    fn compared_at_once(&self, shape: &Shape) -> Result<Made> {
+        let (before, after) = ("temp.main.__before", "temp.main.__after");
+        self.check_key(shape, after, 1)?;
+        let names = comma(shape.published.fields().iter().map(|field| format!("a.{}", quote_name(field.name()))));
+        let rows = read(self.session, &differing(shape, before, after, &names), &shape.published)?;
+        let gone = read(self.session, &missing(shape, before, after), &shape.key_columns())?;
+        let parts = [OutputRows::Upsert(rows), OutputRows::Delete(gone)];
+        let parts = parts.into_iter().filter(|part| part.batch().num_rows() > 0).collect();
+        Ok(Made::Held { parts, change: Change::Nothing })
     }
 
     fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
@@ -255,57 +290,6 @@ impl Computation<'_> {
         let counts = self.compared(shape, &stood.full_name(), "__after")?;
         self.session.run(&format!("drop table temp.main.__after; drop table {}", stood.full_name()))?;
         Ok(counts)
-    }
-
-    /// Adds the difference between after and before to what stands.
-    fn added(&self, shape: &Shape) -> Result<Counts> {
-        let keys = shape.keys("x");
-        let mut sums = Vec::new();
-        let mut moved = Vec::new();
-        for name in &shape.sums {
-            let column = quote_name(name);
-            sums.push(format!(
-                "coalesce(sum(x.{column}) filter (x.__sign), 0) - coalesce(sum(x.{column}) filter (not x.__sign), 0)
-                     as {column}"
-            ));
-            moved.push(format!("{column} <> 0"));
-        }
-        self.session.run(&format!(
-            "create or replace temp table __moved as
-             select * from (
-                 select {keys}, {} from (
-                     select *, true as __sign from __after union all select *, false from __before
-                 ) x
-                 group by {keys}
-             ) where {}",
-            sums.join(", "),
-            moved.join(" or ")
-        ))?;
-        let stood = results::load(self.session, self.connection, &self.projection.name, shape, "temp.main.__moved")?;
-        let mut columns = Vec::new();
-        for field in &shape.fields {
-            let column = quote_name(field.name());
-            columns.push(if shape.key.contains(field.name()) {
-                format!("d.{column}")
-            } else {
-                format!("(d.{column} + coalesce(r.{column}, 0))::{} as {column}", shape.type_of(field.name())?)
-            });
-        }
-        let weight = quote_name(shape.weight.as_deref().unwrap_or_default());
-        self.session.run(&format!(
-            "create or replace temp table __sums as
-             select {}, r.{weight} is not null as __stood from __moved d left join {} r on {}",
-            columns.join(", "),
-            stood.full_name(),
-            shape.key_match("d", "r")
-        ))?;
-        let rows =
-            self.lay(&self.place.rows(), &format!("select {} from __sums s where s.{weight} > 0", shape.list("s")))?;
-        let gone = self.lay(
-            &self.place.keys(),
-            &format!("select {} from __sums s where s.{weight} <= 0 and s.__stood", shape.keys("s")),
-        )?;
-        Ok((rows, gone))
     }
 
     /// Recomputes the keys of touched entities in full, where some column does not add up.
@@ -330,6 +314,26 @@ impl Computation<'_> {
         let stood = results::load(self.session, self.connection, &self.projection.name, shape, "temp.main.__moved")?;
         self.compared(shape, &stood.full_name(), "__whole")
     }
+}
+
+/// The query for rows of `after` that `before` has not.
+fn differing(shape: &Shape, before: &str, after: &str, columns: &str) -> String {
+    let rest = shape.fields.iter().map(|field| quote_name(field.name()));
+    let differs: Vec<String> = rest.map(|name| format!("a.{name} is distinct from b.{name}")).collect();
+    format!(
+        "select {columns} from {after} a left join {before} b on {} where b.rowid is null or {}",
+        shape.key_match("a", "b"),
+        differs.join(" or ")
+    )
+}
+
+/// The query for keys of `before` that `after` has not.
+fn missing(shape: &Shape, before: &str, after: &str) -> String {
+    format!("select {} from {before} b anti join {after} a on {}", shape.keys("b"), shape.key_match("b", "a"))
+}
+
+fn ready(kind: OutputKind, parts: VecDeque<OutputRows>) -> Box<dyn OutputReader> {
+    Box::new(Ready { kind, parts })
 }
 
 /// Where an output of `tables` takes its target.

@@ -182,7 +182,15 @@ impl Builder<'_> {
             };
             let mut found = Values::new();
             let mut finder = Finder::new(self.view, other)?;
-            finder.find(column_of(other, their_column)?, sorted(&values), |_, row| {
+            let theirs = column_of(other, their_column)?;
+            if is_last && other.key == [next] {
+                finder.find_keys(theirs, sorted(&values), |key| {
+                    found.insert(key);
+                })?;
+                values = found;
+                continue;
+            }
+            finder.find(theirs, sorted(&values), |_, row| {
                 let (_, cells) = Head::read(row)?;
                 match is_last {
                     true => drop(found.insert(value(other, next, cells.0)?)),

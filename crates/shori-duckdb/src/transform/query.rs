@@ -12,8 +12,7 @@ use super::layout::Layout;
 use super::mirror::LIVE;
 use super::session::{Session, WORK, comma};
 use super::tables::Table;
-use crate::database::{duckdb_error, one_line, quote_name};
-use crate::types::duckdb_type;
+use crate::database::{duckdb_error, one_line, quote_name, traced};
 
 /// What a query returns, and what its columns are for.
 #[derive(Debug)]
@@ -43,28 +42,33 @@ impl Shape {
         self.key.iter().filter_map(place).collect()
     }
 
+    pub fn key_columns(&self) -> SchemaRef {
+        let fields = self.key_indexes().into_iter().map(|index| self.fields[index].clone());
+        Arc::new(Schema::new(fields.collect::<Vec<_>>()))
+    }
+
     /// Null is a key like any other.
     pub fn key_match(&self, left: &str, right: &str) -> String {
         let same = |name: &String| format!("{left}.{0} is not distinct from {right}.{0}", quote_name(name));
         self.key.iter().map(same).collect::<Vec<_>>().join(" and ")
     }
 
-    pub fn type_of(&self, column: &str) -> Result<String> {
-        match self.fields.iter().find(|field| field.name() == column) {
-            Some(field) => duckdb_type(field.data_type()),
-            None => Err(Error::new(ErrorKind::Internal, "find", format!("column {column}"), "the query has none")),
-        }
+    pub fn type_of(&self, column: &str) -> Result<&DataType> {
+        let field = self.fields.iter().find(|field| field.name() == column);
+        let missing = || Error::new(ErrorKind::Internal, "find", format!("column {column}"), "the query has none");
+        field.map(|field| field.data_type()).ok_or_else(missing)
     }
 }
 
-/// Runs `statement` with the query in place of `{query}`, where tables are those of `schema` in the work catalog.
-pub(super) fn run(session: &Session, sql: &SqlProjection, schema: &str, statement: &str) -> Result<()> {
+/// Runs `statement`, which makes a table, with the query in place of `{query}`, where tables are those of `schema` in the
+/// work catalog. Returns how many rows were made.
+pub(super) fn run(session: &Session, sql: &SqlProjection, schema: &str, statement: &str) -> Result<i64> {
     session.run(&format!("use {WORK}.{}", quote_name(schema)))?;
     // The query begins on a line of its own, the second: its line numbers are those of the message less one.
     let text = statement.replace("{query}", &format!("(\n{}\n) as query", trimmed(&sql.text)));
-    let outcome = session.connection.execute_batch(&text).map_err(|cause| query_error(sql, "run", cause));
-    match outcome {
-        Ok(()) => session.run(&format!("use {WORK}")),
+    let make = || session.connection.query_row(&text, [], |row| row.get(0));
+    match traced(&text, make).map_err(|cause| query_error(sql, "run", cause)) {
+        Ok(rows) => session.run(&format!("use {WORK}")).map(|()| rows),
         Err(error) => {
             // Fails inside of a broken transaction; the next statement that matters runs after its rollback.
             let _ = session.run(&format!("use {WORK}"));

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::session::{Session, comma, failure};
 use super::tables::Batch;
-use crate::database::{Database, quote_name};
+use crate::database::{Database, quote_name, traced};
 
 const PART_ROWS_MAX: i64 = 65_536;
 /// So few rows are read at once, on the connection that computed them.
@@ -68,13 +68,7 @@ impl Part {
             "select {} from {} where rowid >= {} and rowid < {}",
             self.select, self.table, range.start, range.end
         );
-        let read = || -> duckdb::Result<Vec<RecordBatch>> {
-            Ok(session.connection.prepare(&text)?.query_arrow([])?.collect())
-        };
-        let batches = read().map_err(|cause| failure("read an output from", cause))?;
-        let Some(first) = batches.first() else { return Ok(RecordBatch::new_empty(self.columns.clone())) };
-        let whole = concat_batches(&first.schema(), &batches)?;
-        Ok(RecordBatch::try_new(self.columns.clone(), whole.columns().to_vec())?)
+        read(session, &text, &self.columns)
     }
 
     /// All of its rows; meant for few.
@@ -86,10 +80,19 @@ impl Part {
     }
 }
 
+/// All that a query gives, with these columns; meant for few rows.
+pub(super) fn read(session: &Session, query: &str, columns: &SchemaRef) -> Result<RecordBatch> {
+    let read =
+        || -> duckdb::Result<Vec<RecordBatch>> { Ok(session.connection.prepare(query)?.query_arrow([])?.collect()) };
+    let batches = traced(query, read).map_err(|cause| failure("read an output from", cause))?;
+    let Some(first) = batches.first() else { return Ok(RecordBatch::new_empty(columns.clone())) };
+    let whole = concat_batches(&first.schema(), &batches)?;
+    Ok(RecordBatch::try_new(columns.clone(), whole.columns().to_vec())?)
+}
+
 /// An output that is at hand.
 pub(super) struct Ready {
     pub kind: OutputKind,
-    pub rows: u64,
     pub parts: VecDeque<OutputRows>,
 }
 
@@ -100,7 +103,7 @@ impl OutputReader for Ready {
     }
 
     fn rows_hint(&self) -> Option<u64> {
-        Some(self.rows)
+        Some(self.parts.iter().map(|part| part.batch().num_rows() as u64).sum())
     }
 
     async fn next(&mut self) -> Result<Option<OutputRows>> {
@@ -213,8 +216,7 @@ pub(super) fn stream(
             parts.push_back(part);
             Ok(())
         })?;
-        let rows = parts.iter().map(|part| rows_of(part) as u64).sum();
-        return Ok(Box::new(Ready { kind, rows, parts }));
+        return Ok(Box::new(Ready { kind, parts }));
     }
     let (sender, parts) = mpsc::channel(STREAM_PARTS);
     tokio::task::spawn_blocking(move || {
@@ -228,14 +230,6 @@ pub(super) fn stream(
         }
     });
     Ok(Box::new(Stream { kind, parts }))
-}
-
-fn rows_of(part: &OutputRows) -> usize {
-    match part {
-        OutputRows::Upsert(rows) | OutputRows::Delete(rows) | OutputRows::Version(rows) | OutputRows::Close(rows) => {
-            rows.num_rows()
-        }
-    }
 }
 
 #[async_trait]

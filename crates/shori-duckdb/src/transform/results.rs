@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::Schema;
-use rusqlite::Connection;
+use rusqlite::{CachedStatement, Connection};
 use shori_core::position::{CaptureId, Position, Positions};
 use shori_core::projection::{Derivation, Maintenance, Measures, Projection, SqlProjection};
 use shori_core::{Error, ErrorKind, Result, failpoint};
@@ -23,10 +23,15 @@ use super::rows::blob;
 use super::session::{Loader, Session, WorkTable};
 use super::steps;
 
+/// A row's cells.
+pub(super) type Row = Box<[u8]>;
+
 /// What an output that was computed and not settled does to what is kept.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub(super) enum Change {
     Nothing,
+    /// Each of these keys has this row now, or none.
+    Rows(Vec<(Key, Option<Row>)>),
     /// Rows and keys lie at its place.
     Difference,
     /// All rows lie at its place.
@@ -38,6 +43,15 @@ pub(super) struct Pending {
     pub place: Place,
     pub positions: Positions,
     pub change: Change,
+}
+
+impl Pending {
+    pub fn drop_tables(&self, session: &Session) -> Result<()> {
+        match self.change {
+            Change::Nothing | Change::Rows(_) => Ok(()),
+            Change::Difference | Change::Whole => self.place.drop_tables(session),
+        }
+    }
 }
 
 /// Whether the projection's next output is derived from its last result.
@@ -129,13 +143,13 @@ impl Settling<'_> {
             })),
         };
         match made {
-            Some(Ok(())) => {
+            Some(Ok(_)) => {
                 let pending = Pending { place, positions: checkpoint.clone(), change: Change::Whole };
                 transaction(self.writer, || {
                     self.mark(checkpoint)?;
                     self.take_over(shape, &pending)
                 })?;
-                pending.place.drop_tables(self.session)
+                pending.drop_tables(self.session)
             }
             Some(Err(error)) if error.kind() != ErrorKind::Projection => Err(error),
             // The query fails now: whoever computes next will say so.
@@ -146,26 +160,30 @@ impl Settling<'_> {
     fn take_over(&self, shape: &Shape, pending: &Pending) -> Result<()> {
         let connection = self.writer;
         let Some(table) = table_of(connection, &self.projection.name)? else { return Ok(()) };
-        let all: Vec<usize> = (0..shape.fields.len()).collect();
-        let key = shape.key_indexes();
-        match pending.change {
+        let mut delete = prepared(connection, &format!("delete from {table} where k = ?"))?;
+        let mut put = prepared(connection, &format!("insert or replace into {table} values (?, ?)"))?;
+        let mut keep = |key: &Key, row: Option<&[u8]>| {
+            match row {
+                Some(row) => put.execute(rusqlite::params![key, row]),
+                None => delete.execute([key]),
+            }
+            .map(|_| ())
+            .map_err(|cause| failure("update", cause))
+        };
+        match &pending.change {
             Change::Nothing => return Ok(()),
+            Change::Rows(rows) => return rows.iter().try_for_each(|(key, row)| keep(key, row.as_deref())),
             Change::Whole => run(connection, &format!("delete from {table}"))?,
             Change::Difference => {
-                let mut delete = prepared(connection, &format!("delete from {table} where k = ?"))?;
-                let keys: Vec<usize> = (0..key.len()).collect();
+                let keys: Vec<usize> = (0..shape.key.len()).collect();
                 self.session.batches(&format!("from {}", pending.place.keys()), |batch| {
-                    each_row(&batch, &keys, &keys, |key, _| {
-                        delete.execute([key]).map(|_| ()).map_err(|cause| failure("update", cause))
-                    })
+                    each_row(&batch, &keys, &keys, |_, key, _| keep(&key, None))
                 })?;
             }
         }
-        let mut put = prepared(connection, &format!("insert or replace into {table} values (?, ?)"))?;
+        let (key, all) = (shape.key_indexes(), (0..shape.fields.len()).collect::<Vec<_>>());
         self.session.batches(&format!("from {}", pending.place.rows()), |batch| {
-            each_row(&batch, &key, &all, |key, row| {
-                put.execute(rusqlite::params![key, row]).map(|_| ()).map_err(|cause| failure("update", cause))
-            })
+            each_row(&batch, &key, &all, |_, key, row| keep(&key, Some(row)))
         })
     }
 
@@ -187,7 +205,7 @@ impl Settling<'_> {
     }
 }
 
-fn prepared<'c>(connection: &'c Connection, sql: &str) -> Result<rusqlite::CachedStatement<'c>> {
+fn prepared<'c>(connection: &'c Connection, sql: &str) -> Result<CachedStatement<'c>> {
     connection.prepare_cached(sql).map_err(|cause| failure("update", cause))
 }
 
@@ -200,12 +218,12 @@ pub(super) fn forget(connection: &Connection, projection: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives `take` the key and the cells of `columns` of each row.
-fn each_row(
+/// Gives `take` each row's number, its key, and its cells of `columns`.
+pub(super) fn each_row(
     batch: &RecordBatch,
     key: &[usize],
     columns: &[usize],
-    mut take: impl FnMut(&Key, &[u8]) -> Result<()>,
+    mut take: impl FnMut(usize, Key, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let schema = batch.schema();
     let mut row_cells = Vec::new();
@@ -216,7 +234,8 @@ fn each_row(
         }
         let mut cells: Vec<Cell<'_>> = Vec::with_capacity(columns.len());
         Cells(&row_cells).collect(columns.len(), &mut cells)?;
-        take(&Key::of(key, |index| schema.field(index).data_type(), &cells)?, &row_cells)?;
+        let key = Key::of(key, |index| schema.field(index).data_type(), &cells)?;
+        take(row, key, &row_cells)?;
     }
     Ok(())
 }
@@ -242,27 +261,41 @@ pub(super) fn load(
 ) -> Result<WorkTable> {
     let stood = work_table(shape);
     session.create(&stood)?;
-    let Some(table) = table_of(view, projection)? else { return Ok(stood) };
+    let Some(mut kept) = Stood::open(view, projection)? else { return Ok(stood) };
     let mut wanted = Vec::new();
     let columns: Vec<usize> = (0..shape.key.len()).collect();
     session.batches(&format!("select {} from {keys} x", shape.keys("x")), |batch| {
-        each_row(&batch, &columns, &columns, |key, _| {
-            wanted.push(key.clone());
+        each_row(&batch, &columns, &columns, |_, key, _| {
+            wanted.push(key);
             Ok(())
         })
     })?;
     wanted.sort_unstable();
     let mut loader = Loader::new(session, stood.clone())?;
-    let reading = |cause| failure("read", cause);
-    let mut get = prepared(view, &format!("select v from {table} where k = ?"))?;
     for key in &wanted {
-        let mut rows = get.query([key]).map_err(reading)?;
-        while let Some(row) = rows.next().map_err(reading)? {
-            push(&mut loader, shape, blob(row, 0)?)?;
-        }
+        kept.find(key, |row| push(&mut loader, shape, row))?;
     }
     loader.finish()?;
     Ok(stood)
+}
+
+/// What is kept of a result, found by key.
+pub(super) struct Stood<'c>(CachedStatement<'c>);
+
+impl<'c> Stood<'c> {
+    /// None where nothing is kept.
+    pub fn open(connection: &'c Connection, projection: &str) -> Result<Option<Self>> {
+        let Some(table) = table_of(connection, projection)? else { return Ok(None) };
+        let get = connection.prepare_cached(&format!("select v from {table} where k = ?"));
+        get.map(|get| Some(Self(get))).map_err(|cause| failure("read", cause))
+    }
+
+    /// What `take` makes of the cells of the key's row; none where it has none.
+    pub fn find<T>(&mut self, key: &Key, take: impl FnOnce(&[u8]) -> Result<T>) -> Result<Option<T>> {
+        let reading = |cause| failure("read", cause);
+        let mut rows = self.0.query([key]).map_err(reading)?;
+        rows.next().map_err(reading)?.map(|row| take(blob(row, 0)?)).transpose()
+    }
 }
 
 /// Loads all of the result.

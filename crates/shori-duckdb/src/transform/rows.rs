@@ -281,25 +281,43 @@ impl<'c> Finder<'c> {
         if self.table.key == [column] {
             return values.into_iter().try_for_each(|value| each(&mut self.by_key, value, &mut take));
         }
-        let number = self.table.number;
-        let mut statement = match self.table.index_on(column) {
-            Some(index) => prepared(
-                self.connection,
-                &format!(
-                    "select s.k, s.v from index_{} i cross join state_{number} s on s.k = i.k where i.v = ?",
-                    index.number
-                ),
-            )?,
-            None => {
-                return Err(Error::new(
-                    shori_core::ErrorKind::Internal,
-                    "find",
-                    format!("rows of {} by {}", self.table.name, self.table.columns[column].name()),
-                    "they have no index",
-                ));
-            }
-        };
+        let (number, index) = (self.table.number, self.index_on(column)?);
+        let sql =
+            format!("select s.k, s.v from index_{index} i cross join state_{number} s on s.k = i.k where i.v = ?");
+        let mut statement = prepared(self.connection, &sql)?;
         values.into_iter().try_for_each(|value| each(&mut statement, value, &mut take))
+    }
+
+    /// Gives `take` the keys of the rows alone: an index has them side by side.
+    pub fn find_keys<'v>(
+        &mut self,
+        column: usize,
+        values: impl IntoIterator<Item = &'v Key>,
+        mut take: impl FnMut(Key),
+    ) -> Result<()> {
+        if self.table.key == [column] {
+            return self.find(column, values, |key, _| {
+                take(key);
+                Ok(())
+            });
+        }
+        let sql = format!("select k from index_{} where v = ?", self.index_on(column)?);
+        let mut statement = prepared(self.connection, &sql)?;
+        let reading = |cause| failure("read", cause);
+        for value in values {
+            let mut rows = statement.query([value]).map_err(reading)?;
+            while let Some(row) = rows.next().map_err(reading)? {
+                take(row.get(0).map_err(reading)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The number of the index by which rows are found.
+    fn index_on(&self, column: usize) -> Result<i64> {
+        let object = || format!("rows of {} by {}", self.table.name, self.table.columns[column].name());
+        let missing = || Error::new(shori_core::ErrorKind::Internal, "find", object(), "they have no index");
+        self.table.index_on(column).map(|index| index.number).ok_or_else(missing)
     }
 }
 

@@ -35,12 +35,6 @@ impl Session {
         traced(sql, || self.connection.query_row(sql, [], |row| row.get(0))).map_err(|cause| failure("update", cause))
     }
 
-    /// The single number that a query gives; null is 0.
-    pub fn number(&self, sql: &str) -> Result<i64> {
-        let read = || self.connection.query_row(sql, [], |row| row.get::<_, Option<i64>>(0));
-        traced(sql, read).map(|number| number.unwrap_or(0)).map_err(|cause| failure("read", cause))
-    }
-
     /// All rows of a query, each made by `make`.
     pub fn rows<T>(&self, sql: &str, mut make: impl FnMut(&duckdb::Row<'_>) -> duckdb::Result<T>) -> Result<Vec<T>> {
         let read = || {
