@@ -175,6 +175,7 @@ impl Projector {
         if let Some(step) = self.next_step(state, log) {
             self.advance(state, &step).await?;
             moved = true;
+            self.gather(state).await?;
             self.start_outputs(state, log).await?;
         }
         if !moved && state.commits.is_empty() {

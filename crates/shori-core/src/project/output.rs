@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinError;
 use tokio::time::Instant;
@@ -17,13 +18,30 @@ use crate::projection::{Projection, Target, TargetShape};
 use crate::store::{Committed, OutputCommit, OutputReader, Store};
 use crate::transform::{Computed, Transform};
 
+/// A commit that takes longer is not waited for.
+const SHORT_COMMIT: Duration = Duration::from_millis(250);
+
 /// What a commit task brings back.
 pub(super) struct Outcome {
     worker: usize,
     result: Result<Positions>,
+    took: Duration,
 }
 
 impl Projector {
+    /// Waits a little for commits that are about to end, so that the outputs of a step are computed together: what it touched
+    /// is then read once. A target that was slow the last time is not waited for, and none for long (contract 11).
+    pub(super) async fn gather(&mut self, state: &mut State) -> Result<()> {
+        let latest = Instant::now() + SHORT_COMMIT;
+        while state.workers.iter().any(|worker| worker.committing && !worker.slow) {
+            match tokio::time::timeout_at(latest, state.commits.join_next()).await {
+                Ok(Some(done)) => self.committed(state, done).await?,
+                Ok(None) | Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
     /// Computes an output for every worker that is free and has something to do, and commits it in the background.
     pub(super) async fn start_outputs(&mut self, state: &mut State, log: &LogState) -> Result<bool> {
         let mut moved = false;
@@ -113,6 +131,7 @@ impl Projector {
         let outcome = done.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "a commit", cause))?;
         let worker = &mut state.workers[outcome.worker];
         worker.committing = false;
+        worker.slow = outcome.took > SHORT_COMMIT;
         state.forgotten = false;
         match outcome.result {
             Ok(positions) => {
@@ -189,7 +208,9 @@ struct Commit {
 
 impl Commit {
     async fn run(self, mut reader: Box<dyn OutputReader>) -> Outcome {
-        Outcome { worker: self.worker, result: self.commit(&mut *reader).await }
+        let started = Instant::now();
+        let result = self.commit(&mut *reader).await;
+        Outcome { worker: self.worker, result, took: started.elapsed() }
     }
 
     /// Commits and settles. Another process may have been here first: then its checkpoint is an error to try again

@@ -27,6 +27,8 @@ pub(super) struct Worker {
     /// Whether `checkpoint` is what the store holds.
     pub(super) loaded: bool,
     pub(super) committing: bool,
+    /// Its last commit took long.
+    pub(super) slow: bool,
     pub(super) backoff: Backoff,
     pub(super) not_before: Option<Instant>,
     /// Why it did not move when it last could have; told once, until it moves again.
@@ -72,6 +74,7 @@ impl Projector {
             checkpoint: None,
             loaded: false,
             committing: false,
+            slow: false,
             backoff: Backoff::new(self.settings.retry),
             not_before: None,
             failure: None,
