@@ -131,6 +131,16 @@ impl Checkpoints {
         self.distrusted.load(Ordering::Relaxed)
     }
 
+    /// Runs `work` unless somebody checkpoints, and keeps checkpoints off meanwhile.
+    pub fn unless_running(&self, work: impl FnOnce()) {
+        let _only = match self.running.try_lock() {
+            Ok(only) => only,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        work();
+    }
+
     /// With `must`, those who write are waited for; where calls share one thread, they would wait for this one. Only outside
     /// of a transaction.
     pub fn run(&self, connection: &Connection, catalog: &str, must: bool) {

@@ -146,6 +146,11 @@ impl Database {
         self.checkpoints.deleted(catalog, table, vectors);
     }
 
+    /// Runs `work` unless a checkpoint is under way.
+    pub(crate) fn unless_checkpointing(&self, work: impl FnOnce()) {
+        self.checkpoints.unless_running(work);
+    }
+
     /// Has `catalog` checkpointed if that is due; one that is overdue is made at once. Only outside of a transaction.
     pub(crate) fn checkpoint_if_due(&self, connection: &Connection, catalog: &str) {
         match (self.checkpoints.due(connection, catalog), &self.checkpointer) {

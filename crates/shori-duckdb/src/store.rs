@@ -157,27 +157,17 @@ impl Store for DuckdbStore {
 
     async fn commit_output(&self, commit: OutputCommit<'_>) -> Result<Committed> {
         let step = output::Step::of(&commit);
-        let (sessions, database) = (self.sessions.clone(), &self.sessions.database);
-        let mut open = match database.run(move || output::begin(&sessions, step)).await? {
-            output::Begun::Open(open) => open,
-            output::Begun::Ended(committed) => return Ok(committed),
-        };
-        loop {
-            let parts = output::gather(commit.output).await?;
-            if parts.is_empty() {
-                break;
+        // Each change of threads may wait for a processor: a small output makes one.
+        let mut gathered = output::Gathered::from(commit.output).await?;
+        let mut output = output::Unfinished::New(step);
+        let finished = loop {
+            let (sessions, database) = (self.sessions.clone(), &self.sessions.database);
+            match database.run(move || output.load(&sessions, gathered)).await? {
+                output::Loaded::Ended(finished) => break finished,
+                output::Loaded::Open(open) => output = output::Unfinished::Open(open),
             }
-            let load = move || match open.load(parts) {
-                Ok(()) => Ok(open),
-                Err(error) => {
-                    open.roll_back();
-                    Err(error)
-                }
-            };
-            open = database.run(load).await?;
-        }
-        let sessions = self.sessions.clone();
-        let finished = database.run(move || open.finish(&sessions)).await?;
+            gathered = output::Gathered::from(commit.output).await?;
+        };
         if let Some(target) = &finished.to_fold {
             self.folder.ask(&self.sessions, target);
         }

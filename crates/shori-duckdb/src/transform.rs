@@ -55,6 +55,9 @@ use self::results::{Pending, Settling};
 use self::session::{Session, WORK};
 use crate::database::{Database, locked};
 
+/// Rows that are gathered before they are applied.
+const APPLY_ROWS: usize = 8_192;
+
 /// The engine's working memory: a state file, and DuckDB for queries.
 pub struct DuckdbTransform {
     database: Database,
@@ -110,6 +113,39 @@ struct OpenStep {
     step: i64,
     tables: BTreeMap<Arc<str>, TableStep>,
     rows: u64,
+}
+
+/// A step that is not yet applied.
+enum Unfinished {
+    New(OwnedMutexGuard<Connection>),
+    Open(OpenStep),
+}
+
+impl Unfinished {
+    fn open(self) -> Result<OpenStep> {
+        match self {
+            Self::New(writer) => OpenStep::begin(writer),
+            Self::Open(step) => Ok(step),
+        }
+    }
+}
+
+/// Changes that are applied at a time.
+struct Gathered {
+    batches: Vec<ChangeBatch>,
+    is_last: bool,
+}
+
+impl Gathered {
+    async fn from(log: &mut dyn LogReader) -> Result<Self> {
+        let (mut batches, mut rows) = (Vec::new(), 0);
+        while rows < APPLY_ROWS {
+            let Some(batch) = log.next().await? else { return Ok(Self { batches, is_last: true }) };
+            rows += batch.len();
+            batches.push(batch);
+        }
+        Ok(Self { batches, is_last: false })
+    }
 }
 
 impl Drop for OpenStep {
@@ -348,17 +384,22 @@ impl Transform for DuckdbTransform {
     async fn advance(&self, captures: &[CaptureAdvance], log: &mut dyn LogReader) -> Result<Advanced> {
         let writer = self.writer.clone().lock_owned().await;
         let legs = Arc::new(self.legs(captures)?);
-        let mut step = self.database.run(move || OpenStep::begin(writer)).await?;
-        while let Some(batch) = log.next().await? {
-            let (legs, shared) = (legs.clone(), self.shared.clone());
+        // Each change of threads may wait for a processor: a small step makes one.
+        let mut gathered = Gathered::from(log).await?;
+        let mut step = Unfinished::New(writer);
+        loop {
+            let (legs, shared, is_last) = (legs.clone(), self.shared.clone(), gathered.is_last);
             let apply = move || {
-                step.apply(&shared, &legs, &batch)?;
-                Ok(step)
+                let mut step = step.open()?;
+                gathered.batches.iter().try_for_each(|batch| step.apply(&shared, &legs, batch))?;
+                if is_last { step.finish(&shared, &legs).map(Ok) } else { Ok(Err(Unfinished::Open(step))) }
             };
-            step = self.database.run(apply).await?;
+            match self.database.run(apply).await? {
+                Ok(advanced) => return Ok(advanced),
+                Err(unfinished) => step = unfinished,
+            }
+            gathered = Gathered::from(log).await?;
         }
-        let shared = self.shared.clone();
-        self.database.run(move || step.finish(&shared, &legs)).await
     }
 
     async fn compute(&self, projection: &str, since: Option<&Positions>) -> Result<Computed> {

@@ -90,7 +90,7 @@ impl Step {
     }
 }
 
-pub(super) enum Begun {
+enum Begun {
     Open(Box<OpenOutput>),
     Ended(Committed),
 }
@@ -150,16 +150,53 @@ struct Loads {
     delete_rows: u64,
 }
 
-/// Takes parts from the reader until they are worth loading; none when all have come.
-pub(super) async fn gather(reader: &mut dyn OutputReader) -> Result<Vec<OutputRows>> {
-    let mut parts = Vec::new();
-    let mut rows = 0;
-    while rows < LOAD_ROWS {
-        let Some(part) = reader.next().await? else { break };
-        rows += part.batch().num_rows();
-        parts.push(part);
+/// Parts that are loaded at a time.
+pub(super) struct Gathered {
+    parts: Vec<OutputRows>,
+    is_last: bool,
+}
+
+impl Gathered {
+    /// Takes parts from the reader until they are worth loading.
+    pub async fn from(reader: &mut dyn OutputReader) -> Result<Self> {
+        let (mut parts, mut rows) = (Vec::new(), 0);
+        while rows < LOAD_ROWS {
+            let Some(part) = reader.next().await? else { return Ok(Self { parts, is_last: true }) };
+            rows += part.batch().num_rows();
+            parts.push(part);
+        }
+        Ok(Self { parts, is_last: false })
     }
-    Ok(parts)
+}
+
+/// An output of which more is to come.
+pub(super) enum Unfinished {
+    New(Step),
+    Open(Box<OpenOutput>),
+}
+
+/// What has become of an output.
+pub(super) enum Loaded {
+    Open(Box<OpenOutput>),
+    Ended(Finished),
+}
+
+impl Unfinished {
+    /// Begins the output if that was not done, loads what was gathered, and finishes it with the last of it.
+    pub fn load(self, sessions: &Arc<Sessions>, gathered: Gathered) -> Result<Loaded> {
+        let mut open = match self {
+            Self::Open(open) => open,
+            Self::New(step) => match begin(sessions, step)? {
+                Begun::Open(open) => open,
+                Begun::Ended(committed) => return Ok(Loaded::Ended(Finished { committed, to_fold: None })),
+            },
+        };
+        if let Err(error) = open.load(gathered.parts) {
+            open.roll_back();
+            return Err(error);
+        }
+        if gathered.is_last { open.finish(sessions).map(Loaded::Ended) } else { Ok(Loaded::Open(open)) }
+    }
 }
 
 /// After a conflict between transactions: what has become of the step.
@@ -173,7 +210,7 @@ fn settled(sessions: &Arc<Sessions>, step: &Step, error: Error) -> Result<Commit
     step.verdict(stored.as_ref()).ok_or(error)
 }
 
-pub(super) fn begin(sessions: &Arc<Sessions>, step: Step) -> Result<Begun> {
+fn begin(sessions: &Arc<Sessions>, step: Step) -> Result<Begun> {
     for _ in 0..=REFORMS_MAX {
         let tried = begin_once(sessions.session()?, &step).and_then(|tried| {
             if let Tried::Reform(session, reform) = &tried {
@@ -254,7 +291,7 @@ fn known(session: &Session, target: &Target, active: Option<Side>) -> Result<Kno
 }
 
 impl OpenOutput {
-    pub fn load(&mut self, parts: Vec<OutputRows>) -> Result<()> {
+    fn load(&mut self, parts: Vec<OutputRows>) -> Result<()> {
         for part in parts {
             if part.batch().num_rows() == 0 {
                 continue;
@@ -274,7 +311,7 @@ impl OpenOutput {
         Ok(())
     }
 
-    pub fn roll_back(self: Box<Self>) {
+    fn roll_back(self: Box<Self>) {
         self.session.roll_back();
     }
 
@@ -312,7 +349,7 @@ impl OpenOutput {
         )
     }
 
-    pub fn finish(mut self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Finished> {
+    fn finish(mut self: Box<Self>, sessions: &Arc<Sessions>) -> Result<Finished> {
         match self.finish_once() {
             Ok((written, swapped)) => {
                 let (name, known_targets) = (&*self.step.target.projection, self.session.known_targets());
@@ -372,17 +409,18 @@ impl OpenOutput {
     }
 
     /// Leaves the deleted rows of a plain table behind, in a transaction of its own, so that a table that cannot be written anew
-    /// undoes no commit and is merely slower.
+    /// undoes no commit and is merely slower. It would wait for a checkpoint under way: another time then.
     fn write_anew(&mut self) {
-        let table = &self.step.target.projection;
+        let (session, known, table) = (&self.session, &mut self.known, &self.step.target.projection);
         let name = quote_name(table);
-        match self.session.batch(&format!("create or replace table {name} as from {name}"), table) {
-            Ok(()) => self.known.deleted = 0,
+        let write = || match session.batch(&format!("create or replace table {name} as from {name}"), table) {
+            Ok(()) => known.deleted = 0,
             Err(error) => {
-                let error = self.session.failed(error);
+                let error = session.failed(error);
                 tracing::debug!(%error, projection = &**table, "its deleted rows stay for now");
             }
-        }
+        };
+        session.unless_checkpointing(write);
     }
 
     /// Whether the other overlay still waits to be folded, as far as is known.

@@ -150,6 +150,11 @@ impl Session {
         self.sessions.database.deleted(&self.sessions.catalog, table, vectors);
     }
 
+    /// Runs `work` unless a checkpoint is under way.
+    pub fn unless_checkpointing(&self, work: impl FnOnce()) {
+        self.sessions.database.unless_checkpointing(work);
+    }
+
     /// Ends what is begun, if anything is: a failed commit has ended it already.
     pub fn roll_back(&self) {
         if let Err(cause) = self.sessions.database.roll_back(&self.connection) {
