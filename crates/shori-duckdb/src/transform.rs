@@ -16,6 +16,7 @@ mod adding;
 mod advance;
 mod cells;
 mod compute;
+mod difference;
 mod direct;
 mod entity;
 mod file;

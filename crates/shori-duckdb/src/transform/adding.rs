@@ -5,33 +5,40 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::{DataType, Decimal128Type, Field, Schema, SchemaRef};
+use arrow::array::AsArray;
+use arrow::datatypes::{DataType, Decimal128Type, Field, Schema};
 use rusqlite::Connection;
 use shori_core::projection::SqlProjection;
 use shori_core::store::OutputRows;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::cells::{Cells, number, shortened, write_cell, write_value};
+use super::cells::{Cell, Cells, cells_of, number, shortened, write_cell};
 use super::compute::{Counts, Place};
+use super::difference::{Held, Pair};
 use super::key::Key;
 use super::query::{self, Shape};
 use super::reader::READY_ROWS_MAX;
 use super::results::{self, Row, Stood};
-use super::session::{Loader, Session, comma};
-use super::tables::Batch;
+use super::session::{Loader, Session, WorkTable, comma};
 use crate::database::quote_name;
 
 /// Groups that moved are added so many at a time, in the order of their keys.
 const CHUNK_ROWS: i64 = READY_ROWS_MAX;
 
-/// What was added up.
-pub(super) enum Added {
-    /// An output that is at hand, and each key's new row.
-    Held { parts: VecDeque<OutputRows>, rows: Vec<(Key, Option<Row>)> },
-    /// Too much for that: it lies at the place.
-    Laid(Counts),
+/// A group whose sums are others than before.
+struct Moved {
+    key: Key,
+    key_cells: Row,
+    /// By how much, in the order of the shape's sums.
+    by: Vec<i128>,
+}
+
+/// What a column is: which of the key's, or which of the sums.
+enum Of {
+    Key(usize),
+    Sum(usize),
 }
 
 pub(super) struct Adding<'a> {
@@ -44,66 +51,73 @@ pub(super) struct Adding<'a> {
 }
 
 impl Adding<'_> {
-    /// `__before` holds what the entities contributed; what they do now is what the query gives over `schema`.
-    pub fn add(&self, sql: &SqlProjection, schema: &str) -> Result<Added> {
-        let moved = query::run(self.session, sql, schema, &self.moved()?)?;
-        let stood = Stood::open(self.connection, self.projection)?;
-        if moved <= READY_ROWS_MAX {
-            return self.hold(moved, stood);
-        }
-        let (mut rows, mut gone) = (
-            self.loader(self.place.rows_table(self.all_columns()))?,
-            self.loader(self.place.keys_table(self.shape.key_columns()))?,
-        );
-        let mut counts = (0, 0);
-        self.each(moved, stood, |_, key_cells, row| match row {
-            Some(row) => {
-                counts.0 += 1;
-                rows.push(cells_of(row, self.shape.fields.len())?)
+    /// Adds what few groups came to before and after. Returns an output, and each key's new row.
+    pub fn hold(&self, pairs: Vec<Pair>) -> Result<(VecDeque<OutputRows>, Vec<(Key, Option<Row>)>)> {
+        let mut held = Held::new(self.shape)?;
+        let mut kept = Vec::with_capacity(pairs.len());
+        let moved = pairs.into_iter().filter_map(|pair| self.moved(pair).transpose());
+        self.each(moved, |moved, row| {
+            match row {
+                Some(row) => held.upsert(row)?,
+                None => held.delete(&moved.key_cells)?,
             }
-            None => {
-                counts.1 += 1;
-                gone.push(cells_of(key_cells, self.shape.key.len())?)
-            }
+            kept.push((moved.key, row.map(Row::from)));
+            Ok(())
         })?;
-        rows.finish()?;
-        gone.finish()?;
-        Ok(Added::Laid(counts))
+        Ok((held.finish()?, kept))
     }
 
-    fn loader(&self, table: super::session::WorkTable) -> Result<Loader<'_>> {
+    fn moved(&self, pair: Pair) -> Result<Option<Moved>> {
+        let fields = self.shape.fields.len();
+        let (before, after) = (cells_of(pair.before.as_deref().unwrap_or_default(), fields)?, pair.after.as_deref());
+        let after = cells_of(after.unwrap_or_default(), fields)?;
+        let mut by = Vec::with_capacity(self.shape.sums.len());
+        for index in self.shape.sum_indexes() {
+            let value = |cells: &[Cell<'_>]| cells[index].map(number).transpose().map(Option::unwrap_or_default);
+            let difference = value(&after)?.checked_sub(value(&before)?);
+            by.push(difference.ok_or_else(|| self.too_large(&self.shape.fields[index]))?);
+        }
+        if by.iter().all(|by| *by == 0) {
+            return Ok(None);
+        }
+        let (mut key_cells, there) = (Vec::new(), if pair.after.is_some() { &after } else { &before });
+        self.shape.key_indexes().into_iter().for_each(|index| write_cell(&mut key_cells, there[index]));
+        Ok(Some(Moved { key: pair.key, key_cells: key_cells.into(), by }))
+    }
+
+    /// `__before` holds what the entities contributed; what they do now is what the query gives over `schema`. Lays the
+    /// difference that it makes at the place.
+    pub fn lay(&self, sql: &SqlProjection, schema: &str) -> Result<Counts> {
+        let moved = query::run(self.session, sql, schema, &self.make_moved()?)?;
+        let (all, key) = (Arc::new(Schema::new(self.shape.fields.clone())), self.shape.key_columns());
+        let mut rows = self.loader(self.place.rows_table(all))?;
+        let mut gone = self.loader(self.place.keys_table(key))?;
+        let mut counts = (0, 0);
+        for start in (0..moved).step_by(CHUNK_ROWS as usize) {
+            let chunk = self.read(start..start + CHUNK_ROWS)?;
+            self.each(chunk.into_iter().map(Ok), |moved, row| match row {
+                Some(row) => {
+                    counts.0 += 1;
+                    rows.push(cells_of(row, self.shape.fields.len())?)
+                }
+                None => {
+                    counts.1 += 1;
+                    gone.push(cells_of(&moved.key_cells, self.shape.key.len())?)
+                }
+            })?;
+        }
+        rows.finish()?;
+        gone.finish()?;
+        Ok(counts)
+    }
+
+    fn loader(&self, table: WorkTable) -> Result<Loader<'_>> {
         self.session.create(&table)?;
         Loader::new(self.session, table)
     }
 
-    fn hold(&self, moved: i64, stood: Option<Stood<'_>>) -> Result<Added> {
-        let (mut upserts, mut gone) =
-            (Batch::new(self.shape.published.clone())?, Batch::new(self.shape.key_columns())?);
-        let published: Vec<usize> = self.published().collect();
-        let mut kept = Vec::with_capacity(usize::try_from(moved).unwrap_or_default());
-        self.each(moved, stood, |key, key_cells, row| {
-            match row {
-                Some(row) => {
-                    let cells = cells_of(row, self.shape.fields.len())?;
-                    upserts.push(published.iter().map(|&index| cells[index]))?;
-                }
-                None => gone.push(cells_of(key_cells, self.shape.key.len())?)?,
-            }
-            kept.push((key, row.map(Row::from)));
-            Ok(())
-        })?;
-        let mut parts = VecDeque::new();
-        if upserts.rows() > 0 {
-            parts.push_back(OutputRows::Upsert(upserts.take()?));
-        }
-        if gone.rows() > 0 {
-            parts.push_back(OutputRows::Delete(gone.take()?));
-        }
-        Ok(Added::Held { parts, rows: kept })
-    }
-
     /// The statement that makes `__moved`: key columns, and by how much each sum has changed, where any has.
-    fn moved(&self) -> Result<String> {
+    fn make_moved(&self) -> Result<String> {
         let keys = self.shape.keys("x");
         let (mut sums, mut moved) = (Vec::new(), Vec::new());
         for name in &self.shape.sums {
@@ -114,83 +128,79 @@ impl Adding<'_> {
             ));
             moved.push(format!("{column} <> 0"));
         }
+        // The query begins on the second line.
         Ok(format!(
-            "create or replace temp table __moved as select * from (select {keys}, {} from (select *, true as __sign from \
-             {{query}} union all select *, false from temp.main.__before) x group by {keys}) where {}",
+            "create or replace temp table __moved as
+             select * from (
+                 select {keys}, {} from (select *, true as __sign from {{query}} union all select *, false from __before) x
+                 group by {keys}
+             ) where {}",
             comma(sums),
             moved.join(" or ")
         )
         .replace('\n', " "))
     }
 
-    /// Gives `take` each group that has moved, its key's cells, and its new row, if there is one. One that neither was nor
-    /// is, is left out.
+    /// Some rows of `__moved`, by key: neighbours are looked for one after the other.
+    fn read(&self, rows: Range<i64>) -> Result<Vec<Moved>> {
+        let (keys, mut chunk) = ((0..self.shape.key.len()).collect::<Vec<_>>(), Vec::new());
+        let (from, to) = (rows.start, rows.end);
+        let query = format!("from temp.main.__moved where rowid >= {from} and rowid < {to}");
+        self.session.batches(&query, |batch| {
+            let sums: Vec<_> =
+                batch.columns()[keys.len()..].iter().map(|sum| sum.as_primitive::<Decimal128Type>()).collect();
+            results::each_row(&batch, &keys, &keys, |row, key, key_cells| {
+                let by = sums.iter().map(|sum| sum.value(row)).collect();
+                chunk.push(Moved { key, key_cells: key_cells.into(), by });
+                Ok(())
+            })
+        })?;
+        chunk.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        Ok(chunk)
+    }
+
+    /// Gives `take` each group that has moved with its new row, if there is one. One that neither was nor is, is left out.
     fn each(
         &self,
-        moved: i64,
-        mut stood: Option<Stood<'_>>,
-        mut take: impl FnMut(Key, &[u8], Option<&[u8]>) -> Result<()>,
+        moved: impl Iterator<Item = Result<Moved>>,
+        mut take: impl FnMut(Moved, Option<&[u8]>) -> Result<()>,
     ) -> Result<()> {
-        let (mut key_cells, mut row) = (Vec::new(), Vec::new());
-        for start in (0..moved).step_by(CHUNK_ROWS as usize) {
-            let batches = self.read(start..start + CHUNK_ROWS)?;
-            for (key, batch, at) in self.sorted(&batches)? {
-                key_cells.clear();
-                for column in 0..self.shape.key.len() {
-                    write_value(batch.column(column).as_ref(), at, &mut key_cells)?;
-                }
-                let find = |stood: &mut Stood<'_>| stood.find(&key, |held| self.sum(batch, at, held, &mut row));
-                let (found, weight) = match stood.as_mut().map(find).transpose()?.flatten() {
-                    Some(weight) => (true, weight),
-                    None => (false, self.sum(batch, at, &[], &mut row)?),
-                };
-                match (weight > 0, found) {
-                    (true, _) => take(key, &key_cells, Some(&row))?,
-                    (false, true) => take(key, &key_cells, None)?,
-                    (false, false) => {}
-                }
+        let (mut stood, mut row) = (Stood::open(self.connection, self.projection)?, Vec::new());
+        let parts: Vec<Of> = self.shape.fields.iter().map(|field| self.of(field)).collect();
+        for moved in moved {
+            let moved = moved?;
+            let find = |stood: &mut Stood<'_>| stood.find(&moved.key, |held| self.sum(&parts, &moved, held, &mut row));
+            let found = stood.as_mut().map(find).transpose()?.flatten();
+            let weight = found.map_or_else(|| self.sum(&parts, &moved, &[], &mut row), Ok)?;
+            match (weight > 0, found.is_some()) {
+                (true, _) => take(moved, Some(&row))?,
+                (false, true) => take(moved, None)?,
+                (false, false) => {}
             }
         }
         Ok(())
     }
 
-    fn read(&self, rows: Range<i64>) -> Result<Vec<RecordBatch>> {
-        let mut batches = Vec::new();
-        let (from, to) = (rows.start, rows.end);
-        self.session.batches(&format!("from temp.main.__moved where rowid >= {from} and rowid < {to}"), |batch| {
-            batches.push(batch);
-            Ok(())
-        })?;
-        Ok(batches)
+    fn of(&self, field: &Field) -> Of {
+        let place = |names: &[String]| names.iter().position(|name| name == field.name());
+        place(&self.shape.key).map_or_else(|| Of::Sum(place(&self.shape.sums).unwrap_or_default()), Of::Key)
     }
 
-    /// Neighbours are looked for one after the other.
-    fn sorted<'b>(&self, batches: &'b [RecordBatch]) -> Result<Vec<(Key, &'b RecordBatch, usize)>> {
-        let columns: Vec<usize> = (0..self.shape.key.len()).collect();
-        let mut sorted = Vec::with_capacity(batches.iter().map(RecordBatch::num_rows).sum());
-        for batch in batches {
-            results::each_row(batch, &columns, &columns, |row, key, _| {
-                sorted.push((key, batch, row));
-                Ok(())
-            })?;
-        }
-        sorted.sort_unstable_by(|one, other| one.0.cmp(&other.0));
-        Ok(sorted)
-    }
-
-    /// Writes the row that a group of `batch` comes to, where it held the cells `held`. Returns its weight.
-    fn sum(&self, batch: &RecordBatch, at: usize, held: &[u8], row: &mut Vec<u8>) -> Result<i128> {
-        let (keys, mut held, mut weight) = (self.shape.key.len(), Cells(held), 0);
+    /// Writes the row that a group comes to, where it held the cells `held`. Returns its weight.
+    fn sum(&self, parts: &[Of], moved: &Moved, held: &[u8], row: &mut Vec<u8>) -> Result<i128> {
+        let (mut held, mut weight) = (Cells(held), 0);
+        let keys = cells_of(&moved.key_cells, self.shape.key.len())?;
         row.clear();
-        for field in &self.shape.fields {
+        for (field, part) in self.shape.fields.iter().zip(parts) {
             let stood = held.next()?;
-            if let Some(column) = self.shape.key.iter().position(|name| name == field.name()) {
-                write_value(batch.column(column).as_ref(), at, row)?;
-                continue;
-            }
-            let sum = self.shape.sums.iter().position(|name| name == field.name()).unwrap_or_default();
-            let by = batch.column(keys + sum).as_primitive::<Decimal128Type>().value(at);
-            let total = stood.map(number).transpose()?.unwrap_or(0).checked_add(by);
+            let sum = match part {
+                Of::Key(key) => {
+                    write_cell(row, keys[*key]);
+                    continue;
+                }
+                Of::Sum(sum) => *sum,
+            };
+            let total = stood.map(number).transpose()?.unwrap_or(0).checked_add(moved.by[sum]);
             let total = total.filter(|total| fits(*total, field.data_type())).ok_or_else(|| self.too_large(field))?;
             if self.shape.weight.as_ref() == Some(field.name()) {
                 weight = total;
@@ -205,22 +215,6 @@ impl Adding<'_> {
         Error::new(ErrorKind::Projection, "refresh", format!("projection {}", self.projection), cause)
             .with_remedy("cast the column to a wider type in its query")
     }
-
-    fn all_columns(&self) -> SchemaRef {
-        Schema::new(self.shape.fields.clone()).into()
-    }
-
-    /// Where the published columns stand among all.
-    fn published(&self) -> impl Iterator<Item = usize> {
-        let is_published = |index: &usize| self.shape.published.index_of(self.shape.fields[*index].name()).is_ok();
-        (0..self.shape.fields.len()).filter(is_published)
-    }
-}
-
-fn cells_of(row: &[u8], count: usize) -> Result<Vec<super::cells::Cell<'_>>> {
-    let mut cells = Vec::with_capacity(count);
-    Cells(row).collect(count, &mut cells)?;
-    Ok(cells)
 }
 
 fn scale_of(data_type: &DataType) -> i8 {

@@ -90,6 +90,13 @@ impl<'a> Cells<'a> {
     }
 }
 
+/// The cells of the first `count` columns of a row.
+pub(super) fn cells_of(row: &[u8], count: usize) -> Result<Vec<Cell<'_>>> {
+    let mut cells = Vec::with_capacity(count);
+    Cells(row).collect(count, &mut cells)?;
+    Ok(cells)
+}
+
 /// The two's complement of `number` without the bytes that only repeat its sign.
 pub(super) fn shortened(number: i128, buffer: &mut [u8; 16]) -> &[u8] {
     *buffer = number.to_le_bytes();

@@ -15,14 +15,15 @@ use shori_core::store::{OutputKind, OutputReader, OutputRows};
 use shori_core::transform::Applied;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::adding::{Added, Adding};
+use super::adding::Adding;
+use super::difference;
 use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
 use super::file::{self, StateFile};
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
-use super::reader::{Part, PartKind, READY_ROWS_MAX, Ready, Tables, read, stream};
+use super::reader::{Part, PartKind, READY_ROWS_MAX, Ready, Tables, stream};
 use super::results::{self, Change};
 use super::session::{Session, WORK, WorkTable, comma};
 use super::steps::{self, Need, Ranges, Standing};
@@ -194,23 +195,40 @@ impl Computation<'_> {
                     Touched::TooMany => return self.whole(sql, shape, working),
                     Touched::Some => {}
                 }
-                let make = |table: &str| format!("create or replace temp table {table} as select * from {{query}}");
-                let before = query::run(self.session, sql, &schema_before(set), &make("__before"))?;
-                if let (Measures::Additive { .. }, false) = (measures, shape.has_others) {
-                    return self.added(sql, shape, &schema_after(set));
+                let (before, after) = (schema_before(set), schema_after(set));
+                let adds_up = !shape.has_others;
+                if matches!(measures, Measures::PerEntity) || adds_up {
+                    // Most steps are small.
+                    if let Some(pairs) = difference::pairs(self.session, sql, shape, (&before, &after))? {
+                        return match measures {
+                            Measures::PerEntity => {
+                                let parts = difference::output(shape, pairs)?;
+                                Ok(Made::Held { parts, change: Change::Nothing })
+                            }
+                            Measures::Additive { .. } => {
+                                let (parts, rows) = self.adding(shape).hold(pairs)?;
+                                Ok(Made::Held { parts, change: Change::Rows(rows) })
+                            }
+                        };
+                    }
                 }
-                let after = query::run(self.session, sql, &schema_after(set), &make("__after"))?;
+                let make = |table: &str| format!("create or replace temp table {table} as select * from {{query}}");
+                query::run(self.session, sql, &before, &make("__before"))?;
                 match measures {
-                    Measures::PerEntity if before + after <= READY_ROWS_MAX => return self.compared_at_once(shape),
-                    Measures::PerEntity => self.compared(shape, "__before", "__after")?,
+                    Measures::Additive { .. } if adds_up => self.adding(shape).lay(sql, &after)?,
                     Measures::Additive { .. } => {
+                        query::run(self.session, sql, &after, &make("__after"))?;
                         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
                         self.touched(sql, shape)?
+                    }
+                    Measures::PerEntity => {
+                        query::run(self.session, sql, &after, &make("__after"))?;
+                        self.compared(shape, "__before", "__after")?
                     }
                 }
             }
         };
-        self.check_key(shape, &self.place.rows(), counts.0)?;
+        self.check_key(shape, counts.0)?;
         Ok(Made::Laid(self.laid(shape, OutputKind::Merge, counts)))
     }
 
@@ -219,22 +237,17 @@ impl Computation<'_> {
         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
         let create = format!("create or replace table {} as select * from {{query}}", self.place.rows());
         let rows = query::run(self.session, sql, LIVE, &create)?;
-        self.check_key(shape, &self.place.rows(), rows)?;
+        self.check_key(shape, rows)?;
         Ok(Made::Laid(self.laid(shape, OutputKind::Replace, (rows, 0))))
     }
 
-    /// The keys of what is added are those of groups, and so unique.
-    fn added(&self, sql: &SqlProjection, shape: &Shape, schema_after: &str) -> Result<Made> {
+    fn adding<'a>(&'a self, shape: &'a Shape) -> Adding<'a> {
         let (session, connection, projection) = (self.session, self.connection, &*self.projection.name);
-        let adding = Adding { session, connection, projection, shape, place: self.place };
-        Ok(match adding.add(sql, schema_after)? {
-            Added::Held { parts, rows } => Made::Held { parts, change: Change::Rows(rows) },
-            Added::Laid(counts) => Made::Laid(self.laid(shape, OutputKind::Merge, counts)),
-        })
+        Adding { session, connection, projection, shape, place: self.place }
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.
-    fn check_key(&self, shape: &Shape, table: &str, rows: i64) -> Result<()> {
+    fn check_key(&self, shape: &Shape, rows: i64) -> Result<()> {
         if rows == 0 {
             return Ok(());
         }
@@ -246,7 +259,7 @@ impl Computation<'_> {
             &format!(
                 "select concat_ws(', ', {}) from {} group by {} having count(*) > 1 limit 1",
                 comma(named),
-                table,
+                self.place.rows(),
                 keys.join(", ")
             ),
             |row| row.get::<_, String>(0),
@@ -266,22 +279,14 @@ impl Computation<'_> {
         Laid { kind, parts }
     }
 
-    /// Lays rows of `after` that `before` has not, and keys of `before` that `after` has not.
+    /// Rows of `after` that `before` has not, and keys of `before` that `after` has not.
     fn compared(&self, shape: &Shape, before: &str, after: &str) -> Result<Counts> {
-        let rows = self.lay(&self.place.rows(), &differing(shape, before, after, &shape.list("a")))?;
-        Ok((rows, self.lay(&self.place.keys(), &missing(shape, before, after))?))
-    }
-
-    /// As [`compared`](Self::compared) `__before` and `__after`, where both are small.
-    fn compared_at_once(&self, shape: &Shape) -> Result<Made> {
-        let (before, after) = ("temp.main.__before", "temp.main.__after");
-        self.check_key(shape, after, 1)?;
-        let names = comma(shape.published.fields().iter().map(|field| format!("a.{}", quote_name(field.name()))));
-        let rows = read(self.session, &differing(shape, before, after, &names), &shape.published)?;
-        let gone = read(self.session, &missing(shape, before, after), &shape.key_columns())?;
-        let parts = [OutputRows::Upsert(rows), OutputRows::Delete(gone)];
-        let parts = parts.into_iter().filter(|part| part.batch().num_rows() > 0).collect();
-        Ok(Made::Held { parts, change: Change::Nothing })
+        let rows = self.lay(&self.place.rows(), &format!("select * from (from {after} except from {before})"))?;
+        let gone = self.lay(
+            &self.place.keys(),
+            &format!("select {} from {before} b anti join {after} a on {}", shape.keys("b"), shape.key_match("b", "a")),
+        )?;
+        Ok((rows, gone))
     }
 
     fn recomputed(&self, sql: &SqlProjection, shape: &Shape) -> Result<Counts> {
@@ -314,22 +319,6 @@ impl Computation<'_> {
         let stood = results::load(self.session, self.connection, &self.projection.name, shape, "temp.main.__moved")?;
         self.compared(shape, &stood.full_name(), "__whole")
     }
-}
-
-/// The query for rows of `after` that `before` has not.
-fn differing(shape: &Shape, before: &str, after: &str, columns: &str) -> String {
-    let rest = shape.fields.iter().map(|field| quote_name(field.name()));
-    let differs: Vec<String> = rest.map(|name| format!("a.{name} is distinct from b.{name}")).collect();
-    format!(
-        "select {columns} from {after} a left join {before} b on {} where b.rowid is null or {}",
-        shape.key_match("a", "b"),
-        differs.join(" or ")
-    )
-}
-
-/// The query for keys of `before` that `after` has not.
-fn missing(shape: &Shape, before: &str, after: &str) -> String {
-    format!("select {} from {before} b anti join {after} a on {}", shape.keys("b"), shape.key_match("b", "a"))
 }
 
 fn ready(kind: OutputKind, parts: VecDeque<OutputRows>) -> Box<dyn OutputReader> {

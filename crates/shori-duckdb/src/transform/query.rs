@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use shori_core::projection::{Derivation, EntityPath, Maintenance, Measures, Projection, SqlProjection, history};
 use shori_core::schema::is_carried;
@@ -28,10 +29,6 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    pub fn list(&self, alias: &str) -> String {
-        comma(self.fields.iter().map(|field| format!("{alias}.{}", quote_name(field.name()))))
-    }
-
     pub fn keys(&self, alias: &str) -> String {
         comma(self.key.iter().map(|name| format!("{alias}.{}", quote_name(name))))
     }
@@ -40,6 +37,11 @@ impl Shape {
     pub fn key_indexes(&self) -> Vec<usize> {
         let place = |name: &String| self.fields.iter().position(|field| field.name() == name);
         self.key.iter().filter_map(place).collect()
+    }
+
+    /// Where the sums stand among all columns.
+    pub fn sum_indexes(&self) -> impl Iterator<Item = usize> {
+        self.sums.iter().filter_map(|name| self.fields.iter().position(|field| field.name() == name))
     }
 
     pub fn key_columns(&self) -> SchemaRef {
@@ -63,12 +65,34 @@ impl Shape {
 /// Runs `statement`, which makes a table, with the query in place of `{query}`, where tables are those of `schema` in the
 /// work catalog. Returns how many rows were made.
 pub(super) fn run(session: &Session, sql: &SqlProjection, schema: &str, statement: &str) -> Result<i64> {
+    let text = statement.replace("{query}", &format!("(\n{}\n) as query", trimmed(&sql.text)));
+    over(session, sql, schema, || traced(&text, || session.connection.query_row(&text, [], |row| row.get(0))))
+}
+
+/// Gives `take` what the query returns over the tables of `schema`, at most `limit` rows.
+pub(super) fn each(
+    session: &Session,
+    sql: &SqlProjection,
+    schema: &str,
+    limit: i64,
+    take: impl FnMut(RecordBatch) -> Result<()>,
+) -> Result<()> {
+    let text = format!("select * from (\n{}\n) as query limit {limit}", trimmed(&sql.text));
+    let read = || Ok(session.connection.prepare(&text)?.query_arrow([])?.collect::<Vec<_>>());
+    over(session, sql, schema, || traced(&text, read))?.into_iter().try_for_each(take)
+}
+
+/// Runs `work` where names are those of `schema`.
+fn over<T>(
+    session: &Session,
+    sql: &SqlProjection,
+    schema: &str,
+    work: impl FnOnce() -> duckdb::Result<T>,
+) -> Result<T> {
     session.run(&format!("use {WORK}.{}", quote_name(schema)))?;
     // The query begins on a line of its own, the second: its line numbers are those of the message less one.
-    let text = statement.replace("{query}", &format!("(\n{}\n) as query", trimmed(&sql.text)));
-    let make = || session.connection.query_row(&text, [], |row| row.get(0));
-    match traced(&text, make).map_err(|cause| query_error(sql, "run", cause)) {
-        Ok(rows) => session.run(&format!("use {WORK}")).map(|()| rows),
+    match work().map_err(|cause| query_error(sql, "run", cause)) {
+        Ok(made) => session.run(&format!("use {WORK}")).map(|()| made),
         Err(error) => {
             // Fails inside of a broken transaction; the next statement that matters runs after its rollback.
             let _ = session.run(&format!("use {WORK}"));

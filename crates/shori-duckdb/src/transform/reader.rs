@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use super::session::{Session, comma, failure};
 use super::tables::Batch;
-use crate::database::{Database, quote_name, traced};
+use crate::database::{Database, quote_name};
 
 const PART_ROWS_MAX: i64 = 65_536;
 /// So few rows are read at once, on the connection that computed them.
@@ -68,7 +68,13 @@ impl Part {
             "select {} from {} where rowid >= {} and rowid < {}",
             self.select, self.table, range.start, range.end
         );
-        read(session, &text, &self.columns)
+        let read = || -> duckdb::Result<Vec<RecordBatch>> {
+            Ok(session.connection.prepare(&text)?.query_arrow([])?.collect())
+        };
+        let batches = read().map_err(|cause| failure("read an output from", cause))?;
+        let Some(first) = batches.first() else { return Ok(RecordBatch::new_empty(self.columns.clone())) };
+        let whole = concat_batches(&first.schema(), &batches)?;
+        Ok(RecordBatch::try_new(self.columns.clone(), whole.columns().to_vec())?)
     }
 
     /// All of its rows; meant for few.
@@ -78,16 +84,6 @@ impl Part {
         }
         self.read(session, 0..self.rows).map(|rows| Some(self.kind.wrap(rows)))
     }
-}
-
-/// All that a query gives, with these columns; meant for few rows.
-pub(super) fn read(session: &Session, query: &str, columns: &SchemaRef) -> Result<RecordBatch> {
-    let read =
-        || -> duckdb::Result<Vec<RecordBatch>> { Ok(session.connection.prepare(query)?.query_arrow([])?.collect()) };
-    let batches = traced(query, read).map_err(|cause| failure("read an output from", cause))?;
-    let Some(first) = batches.first() else { return Ok(RecordBatch::new_empty(columns.clone())) };
-    let whole = concat_batches(&first.schema(), &batches)?;
-    Ok(RecordBatch::try_new(columns.clone(), whole.columns().to_vec())?)
 }
 
 /// An output that is at hand.
