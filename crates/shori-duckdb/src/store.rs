@@ -159,7 +159,7 @@ impl Store for DuckdbStore {
         let step = output::Step::of(&commit);
         // Each change of threads may wait for a processor: a small output makes one.
         let mut gathered = output::Gathered::from(commit.output).await?;
-        let mut output = output::Unfinished::New(step);
+        let mut output = output::Unfinished::New(Box::new(step));
         let finished = loop {
             let (sessions, database) = (self.sessions.clone(), &self.sessions.database);
             match database.run(move || output.load(&sessions, gathered)).await? {

@@ -171,7 +171,7 @@ impl Gathered {
 
 /// An output of which more is to come.
 pub(super) enum Unfinished {
-    New(Step),
+    New(Box<Step>),
     Open(Box<OpenOutput>),
 }
 
@@ -186,7 +186,7 @@ impl Unfinished {
     pub fn load(self, sessions: &Arc<Sessions>, gathered: Gathered) -> Result<Loaded> {
         let mut open = match self {
             Self::Open(open) => open,
-            Self::New(step) => match begin(sessions, step)? {
+            Self::New(step) => match begin(sessions, &step)? {
                 Begun::Open(open) => open,
                 Begun::Ended(committed) => return Ok(Loaded::Ended(Finished { committed, to_fold: None })),
             },
@@ -210,9 +210,9 @@ fn settled(sessions: &Arc<Sessions>, step: &Step, error: Error) -> Result<Commit
     step.verdict(stored.as_ref()).ok_or(error)
 }
 
-fn begin(sessions: &Arc<Sessions>, step: Step) -> Result<Begun> {
+fn begin(sessions: &Arc<Sessions>, step: &Step) -> Result<Begun> {
     for _ in 0..=REFORMS_MAX {
-        let tried = begin_once(sessions.session()?, &step).and_then(|tried| {
+        let tried = begin_once(sessions.session()?, step).and_then(|tried| {
             if let Tried::Reform(session, reform) = &tried {
                 layers::reform(session, &step.target, *reform)?;
             }
@@ -221,7 +221,7 @@ fn begin(sessions: &Arc<Sessions>, step: Step) -> Result<Begun> {
         match tried {
             Ok(Tried::Begun(begun)) => return Ok(begun),
             Ok(Tried::Reform(session, _)) => session.give_back(),
-            Err(error) => return settled(sessions, &step, error).map(Begun::Ended),
+            Err(error) => return settled(sessions, step, error).map(Begun::Ended),
         }
     }
     let cause = "another writer keeps changing its form";

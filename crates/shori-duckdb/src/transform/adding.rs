@@ -20,7 +20,7 @@ use super::difference::{Held, Pair};
 use super::key::Key;
 use super::query::{self, Shape};
 use super::reader::READY_ROWS_MAX;
-use super::results::{self, Row, Stood};
+use super::results::{self, KeptRow, Row, Stood};
 use super::session::{Loader, Session, WorkTable, comma};
 use crate::database::quote_name;
 
@@ -52,7 +52,7 @@ pub(super) struct Adding<'a> {
 
 impl Adding<'_> {
     /// Adds what few groups came to before and after. Returns an output, and each key's new row.
-    pub fn hold(&self, pairs: Vec<Pair>) -> Result<(VecDeque<OutputRows>, Vec<(Key, Option<Row>)>)> {
+    pub fn hold(&self, pairs: Vec<Pair>) -> Result<(VecDeque<OutputRows>, Vec<KeptRow>)> {
         let mut held = Held::new(self.shape)?;
         let mut kept = Vec::with_capacity(pairs.len());
         let moved = pairs.into_iter().filter_map(|pair| self.moved(pair).transpose());

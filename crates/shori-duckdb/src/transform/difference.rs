@@ -14,6 +14,10 @@ use super::results::{Row, each_row};
 use super::session::Session;
 use super::tables::Batch;
 
+/// What is held of either side at most.
+const HELD_ROWS_MAX: i64 = READY_ROWS_MAX / 2;
+const HELD_BYTES_MAX: usize = 16 << 20;
+
 /// A key's row before and after.
 pub(super) struct Pair {
     pub key: Key,
@@ -31,18 +35,21 @@ pub(super) fn pairs(
     let (key, all) = (shape.key_indexes(), (0..shape.fields.len()).collect::<Vec<_>>());
     let mut found: HashMap<Key, (Option<Row>, Option<Row>)> = HashMap::new();
     for (schema, is_after) in [(before, false), (after, true)] {
-        let (mut rows, mut is_unique) = (0, true);
-        let limit = READY_ROWS_MAX / 2;
-        query::each(session, sql, schema, limit + 1, |batch| {
+        let (mut rows, mut bytes, mut is_unique) = (0, 0, true);
+        query::each(session, sql, schema, HELD_ROWS_MAX + 1, |batch| {
             rows += batch.num_rows() as i64;
             each_row(&batch, &key, &all, |_, key, row| {
+                bytes += row.len();
+                if bytes > HELD_BYTES_MAX {
+                    return Ok(());
+                }
                 let sides = found.entry(key).or_default();
                 let side = if is_after { &mut sides.1 } else { &mut sides.0 };
                 is_unique &= side.replace(row.into()).is_none();
                 Ok(())
             })
         })?;
-        if rows > limit || !is_unique {
+        if rows > HELD_ROWS_MAX || bytes > HELD_BYTES_MAX || !is_unique {
             return Ok(None);
         }
     }

@@ -26,12 +26,15 @@ use super::steps;
 /// A row's cells.
 pub(super) type Row = Box<[u8]>;
 
+/// A key, and the row that it has now.
+pub(super) type KeptRow = (Key, Option<Row>);
+
 /// What an output that was computed and not settled does to what is kept.
 #[derive(Debug)]
 pub(super) enum Change {
     Nothing,
     /// Each of these keys has this row now, or none.
-    Rows(Vec<(Key, Option<Row>)>),
+    Rows(Vec<KeptRow>),
     /// Rows and keys lie at its place.
     Difference,
     /// All rows lie at its place.
