@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use duckdb::Connection;
 use shori_core::{ErrorKind, failpoint};
 
+use crate::background;
 use crate::database::{duckdb_error, locked, quote_name, traced};
 use crate::known_targets::KnownTargets;
 use crate::scattered::{Due, Scattered, vectors_of};
@@ -262,7 +263,7 @@ impl Checkpointer {
         let (wanted, catalogs) = sync_channel(1);
         let (connection, checkpoints) = (connection.ok()?, checkpoints.clone());
         let work = move || checkpoint_all(&checkpoints, &connection, &catalogs);
-        let thread = thread::Builder::new().name("checkpoint".into()).spawn(work);
+        let thread = background::spawn("checkpoint", work);
         let thread = thread.inspect_err(|error| tracing::debug!(%error, "no thread to checkpoint with"));
         Some(Self { wanted: Some(wanted), thread: Some(thread.ok()?) })
     }

@@ -17,6 +17,7 @@ use super::layers;
 use super::layout::{GONE, Side, base_table, changes_table, ends_table};
 use super::session::{Session, Sessions};
 use super::target;
+use crate::background;
 use crate::database::{is_out_of_memory, quote_name};
 use crate::scattered::VECTOR_ROWS;
 
@@ -42,7 +43,7 @@ impl Folder {
         } else {
             let (sessions, ends) = (sessions.clone(), ending.clone());
             let begin = move || fold_all(&sessions, &targets, &ends);
-            let begun = thread::Builder::new().name("fold".into()).spawn(begin);
+            let begun = background::spawn("fold", begin);
             begun.inspect_err(|error| tracing::warn!(%error, "large targets are folded between commits")).ok()
         };
         Self { waiting: thread.is_some().then_some(waiting), thread, ending }
