@@ -20,6 +20,7 @@ mod difference;
 mod direct;
 mod entity;
 mod file;
+mod hands;
 mod images;
 mod kept;
 mod key;
@@ -54,7 +55,7 @@ use self::layout::Layout;
 use self::query::Shape;
 use self::results::{Pending, Settling};
 use self::session::{Session, WORK};
-use crate::database::{Database, locked};
+use crate::database::{Database, locked, traced};
 
 /// Rows that are gathered before they are applied.
 const APPLY_ROWS: usize = 8_192;
@@ -328,7 +329,7 @@ impl Computer {
         self.outputs += 1;
         let (session, place) = (&self.session, &Place(self.outputs));
         let computation = Computation { database, session, connection, file, layout, projection, since, place };
-        let outcome = computation.run(shape.as_deref(), &mut self.working);
+        let outcome = traced("compute", || computation.run(shape.as_deref(), &mut self.working));
         match outcome.and_then(|outcome| self.release(layout).map(|()| outcome)) {
             Ok(Outcome::UpToDate) => Ok(Computed::UpToDate),
             Ok(Outcome::Behind) => Ok(Computed::Behind),
@@ -395,7 +396,7 @@ impl Transform for DuckdbTransform {
                 gathered.batches.iter().try_for_each(|batch| step.apply(&shared, &legs, batch))?;
                 if is_last { step.finish(&shared, &legs).map(Ok) } else { Ok(Err(Unfinished::Open(step))) }
             };
-            match self.database.run(apply).await? {
+            match self.database.run(move || traced("advance", apply)).await? {
                 Ok(advanced) => return Ok(advanced),
                 Err(unfinished) => step = unfinished,
             }
@@ -439,7 +440,8 @@ impl Transform for DuckdbTransform {
             };
             let pending = computer.pending.get(&projection.name);
             let settling = Settling { session: &computer.session, file: &file, writer, layout: &layout, projection };
-            let outcome = settling.settle(shape.as_deref(), pending, checkpoint.as_ref(), &mut computer.working);
+            let settle = || settling.settle(shape.as_deref(), pending, checkpoint.as_ref(), &mut computer.working);
+            let outcome = traced("settle", settle);
             if let Err(error) = outcome {
                 computer.session.recover(&error)?;
                 return Err(error);

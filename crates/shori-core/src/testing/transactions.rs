@@ -141,7 +141,8 @@ fn random_row(schema: &TableSchema, keys: i64, rng: &mut impl Rng) -> Row {
             DataType::Int64 if leads => Value::Integer(rng.random_range(0..keys)),
             DataType::Utf8 => ["a", "b", "c", "d"][rng.random_range(0..4)].into(),
             DataType::Decimal128(..) => Value::Decimal(rng.random_range(-500..10_000)),
-            _ => Value::Time(FIRST_COMMIT_TIME + rng.random_range(0..1_000_000_000)),
+            // The more keys, the more minutes.
+            _ => Value::Time(FIRST_COMMIT_TIME + rng.random_range(0..keys * 125_000_000)),
         }
     };
     schema.columns.fields().iter().map(&mut value).collect()

@@ -17,12 +17,13 @@ use shori_core::{Error, ErrorKind, Result};
 use super::cells::{Cell, Cells, cells_of, number, shortened, write_cell};
 use super::compute::{Counts, Place};
 use super::difference::{Held, Pair};
+use super::hands::{Hands, Second, both, worth_sharing};
 use super::key::Key;
 use super::query::{self, Shape};
 use super::reader::READY_ROWS_MAX;
 use super::results::{self, KeptRow, Row, Stood};
 use super::session::{Loader, Session, WorkTable, comma};
-use crate::database::quote_name;
+use crate::database::{quote_name, traced};
 
 /// Groups that moved are added so many at a time, in the order of their keys.
 const CHUNK_ROWS: i64 = READY_ROWS_MAX;
@@ -41,30 +42,48 @@ enum Of {
     Sum(usize),
 }
 
-pub(super) struct Adding<'a> {
-    pub session: &'a Session,
-    /// The state file.
-    pub connection: &'a Connection,
+/// A projection's sums, and how they are added.
+#[derive(Clone, Copy)]
+pub(super) struct Sums<'a> {
     pub projection: &'a str,
     pub shape: &'a Shape,
-    pub place: &'a Place,
 }
 
-impl Adding<'_> {
+/// A group, and the row that it comes to.
+type Added = (Moved, Option<Row>);
+
+impl Sums<'_> {
     /// Adds what few groups came to before and after. Returns an output, and each key's new row.
-    pub fn hold(&self, pairs: Vec<Pair>) -> Result<(VecDeque<OutputRows>, Vec<KeptRow>)> {
+    pub fn hold(
+        &self,
+        hands: Hands<'_>,
+        second: &mut Option<Second<'_>>,
+        mut pairs: Vec<Pair>,
+    ) -> Result<(VecDeque<OutputRows>, Vec<KeptRow>)> {
+        let second = worth_sharing(second, pairs.len());
+        let others = pairs.split_off(if second.is_some() { pairs.len() / 2 } else { pairs.len() });
+        let add = |pairs| move |hands: Hands<'_>| self.add(hands, pairs);
+        let (own, others) = traced("add", || both(hands, second, add(pairs), add(others)))?;
         let mut held = Held::new(self.shape)?;
-        let mut kept = Vec::with_capacity(pairs.len());
-        let moved = pairs.into_iter().filter_map(|pair| self.moved(pair).transpose());
-        self.each(moved, |moved, row| {
-            match row {
+        let mut kept = Vec::with_capacity(own.len() + others.len());
+        for (moved, row) in own.into_iter().chain(others) {
+            match &row {
                 Some(row) => held.upsert(row)?,
                 None => held.delete(&moved.key_cells)?,
             }
-            kept.push((moved.key, row.map(Row::from)));
+            kept.push((moved.key, row));
+        }
+        Ok((held.finish()?, kept))
+    }
+
+    fn add(&self, hands: Hands<'_>, pairs: Vec<Pair>) -> Result<Vec<Added>> {
+        let mut added = Vec::with_capacity(pairs.len());
+        let moved = pairs.into_iter().filter_map(|pair| self.moved(pair).transpose());
+        self.each(hands.view, moved, |moved, row| {
+            added.push((moved, row.map(Row::from)));
             Ok(())
         })?;
-        Ok((held.finish()?, kept))
+        Ok(added)
     }
 
     fn moved(&self, pair: Pair) -> Result<Option<Moved>> {
@@ -85,87 +104,14 @@ impl Adding<'_> {
         Ok(Some(Moved { key: pair.key, key_cells: key_cells.into(), by }))
     }
 
-    /// `__before` holds what the entities contributed; what they do now is what the query gives over `schema`. Lays the
-    /// difference that it makes at the place.
-    pub fn lay(&self, sql: &SqlProjection, schema: &str) -> Result<Counts> {
-        let moved = query::run(self.session, sql, schema, &self.make_moved()?)?;
-        let (all, key) = (Arc::new(Schema::new(self.shape.fields.clone())), self.shape.key_columns());
-        let mut rows = self.loader(self.place.rows_table(all))?;
-        let mut gone = self.loader(self.place.keys_table(key))?;
-        let mut counts = (0, 0);
-        for start in (0..moved).step_by(CHUNK_ROWS as usize) {
-            let chunk = self.read(start..start + CHUNK_ROWS)?;
-            self.each(chunk.into_iter().map(Ok), |moved, row| match row {
-                Some(row) => {
-                    counts.0 += 1;
-                    rows.push(cells_of(row, self.shape.fields.len())?)
-                }
-                None => {
-                    counts.1 += 1;
-                    gone.push(cells_of(&moved.key_cells, self.shape.key.len())?)
-                }
-            })?;
-        }
-        rows.finish()?;
-        gone.finish()?;
-        Ok(counts)
-    }
-
-    fn loader(&self, table: WorkTable) -> Result<Loader<'_>> {
-        self.session.create(&table)?;
-        Loader::new(self.session, table)
-    }
-
-    /// The statement that makes `__moved`: key columns, and by how much each sum has changed, where any has.
-    fn make_moved(&self) -> Result<String> {
-        let keys = self.shape.keys("x");
-        let (mut sums, mut moved) = (Vec::new(), Vec::new());
-        for name in &self.shape.sums {
-            let (column, scale) = (quote_name(name), scale_of(self.shape.type_of(name)?));
-            sums.push(format!(
-                "(coalesce(sum(x.{column}) filter (x.__sign), 0) - coalesce(sum(x.{column}) filter (not x.__sign), 0))
-                     ::decimal(38, {scale}) as {column}"
-            ));
-            moved.push(format!("{column} <> 0"));
-        }
-        // The query begins on the second line.
-        Ok(format!(
-            "create or replace temp table __moved as
-             select * from (
-                 select {keys}, {} from (select *, true as __sign from {{query}} union all select *, false from __before) x
-                 group by {keys}
-             ) where {}",
-            comma(sums),
-            moved.join(" or ")
-        )
-        .replace('\n', " "))
-    }
-
-    /// Some rows of `__moved`, by key: neighbours are looked for one after the other.
-    fn read(&self, rows: Range<i64>) -> Result<Vec<Moved>> {
-        let (keys, mut chunk) = ((0..self.shape.key.len()).collect::<Vec<_>>(), Vec::new());
-        let (from, to) = (rows.start, rows.end);
-        let query = format!("from temp.main.__moved where rowid >= {from} and rowid < {to}");
-        self.session.batches(&query, |batch| {
-            let sums: Vec<_> =
-                batch.columns()[keys.len()..].iter().map(|sum| sum.as_primitive::<Decimal128Type>()).collect();
-            results::each_row(&batch, &keys, &keys, |row, key, key_cells| {
-                let by = sums.iter().map(|sum| sum.value(row)).collect();
-                chunk.push(Moved { key, key_cells: key_cells.into(), by });
-                Ok(())
-            })
-        })?;
-        chunk.sort_unstable_by(|one, other| one.key.cmp(&other.key));
-        Ok(chunk)
-    }
-
     /// Gives `take` each group that has moved with its new row, if there is one. One that neither was nor is, is left out.
     fn each(
         &self,
+        view: &Connection,
         moved: impl Iterator<Item = Result<Moved>>,
         mut take: impl FnMut(Moved, Option<&[u8]>) -> Result<()>,
     ) -> Result<()> {
-        let (mut stood, mut row) = (Stood::open(self.connection, self.projection)?, Vec::new());
+        let (mut stood, mut row) = (Stood::open(view, self.projection)?, Vec::new());
         let parts: Vec<Of> = self.shape.fields.iter().map(|field| self.of(field)).collect();
         for moved in moved {
             let moved = moved?;
@@ -214,6 +160,91 @@ impl Adding<'_> {
         let cause = format!("a sum in column {} is too large for {}", field.name(), field.data_type());
         Error::new(ErrorKind::Projection, "refresh", format!("projection {}", self.projection), cause)
             .with_remedy("cast the column to a wider type in its query")
+    }
+}
+
+/// Where sums are added that do not fit into memory.
+pub(super) struct Adding<'a> {
+    pub session: &'a Session,
+    /// The state file.
+    pub connection: &'a Connection,
+    pub sums: Sums<'a>,
+    pub place: &'a Place,
+}
+
+impl Adding<'_> {
+    /// `__before` holds what the entities contributed; what they do now is what the query gives over `schema`. Lays the
+    /// difference that it makes at the place.
+    pub fn lay(&self, sql: &SqlProjection, schema: &str) -> Result<Counts> {
+        let moved = query::run(self.session, sql, schema, &self.make_moved()?)?;
+        let (all, key) = (Arc::new(Schema::new(self.sums.shape.fields.clone())), self.sums.shape.key_columns());
+        let mut rows = self.loader(self.place.rows_table(all))?;
+        let mut gone = self.loader(self.place.keys_table(key))?;
+        let mut counts = (0, 0);
+        for start in (0..moved).step_by(CHUNK_ROWS as usize) {
+            let chunk = self.read(start..start + CHUNK_ROWS)?;
+            self.sums.each(self.connection, chunk.into_iter().map(Ok), |moved, row| match row {
+                Some(row) => {
+                    counts.0 += 1;
+                    rows.push(cells_of(row, self.sums.shape.fields.len())?)
+                }
+                None => {
+                    counts.1 += 1;
+                    gone.push(cells_of(&moved.key_cells, self.sums.shape.key.len())?)
+                }
+            })?;
+        }
+        rows.finish()?;
+        gone.finish()?;
+        Ok(counts)
+    }
+
+    fn loader(&self, table: WorkTable) -> Result<Loader<'_>> {
+        self.session.create(&table)?;
+        Loader::new(self.session, table)
+    }
+
+    /// The statement that makes `__moved`: key columns, and by how much each sum has changed, where any has.
+    fn make_moved(&self) -> Result<String> {
+        let keys = self.sums.shape.keys("x");
+        let (mut sums, mut moved) = (Vec::new(), Vec::new());
+        for name in &self.sums.shape.sums {
+            let (column, scale) = (quote_name(name), scale_of(self.sums.shape.type_of(name)?));
+            sums.push(format!(
+                "(coalesce(sum(x.{column}) filter (x.__sign), 0) - coalesce(sum(x.{column}) filter (not x.__sign), 0))
+                     ::decimal(38, {scale}) as {column}"
+            ));
+            moved.push(format!("{column} <> 0"));
+        }
+        // The query begins on the second line.
+        Ok(format!(
+            "create or replace temp table __moved as
+             select * from (
+                 select {keys}, {} from (select *, true as __sign from {{query}} union all select *, false from __before) x
+                 group by {keys}
+             ) where {}",
+            comma(sums),
+            moved.join(" or ")
+        )
+        .replace('\n', " "))
+    }
+
+    /// Some rows of `__moved`, by key: neighbours are looked for one after the other.
+    fn read(&self, rows: Range<i64>) -> Result<Vec<Moved>> {
+        let (keys, mut chunk) = ((0..self.sums.shape.key.len()).collect::<Vec<_>>(), Vec::new());
+        let (from, to) = (rows.start, rows.end);
+        let query = format!("from temp.main.__moved where rowid >= {from} and rowid < {to}");
+        self.session.batches(&query, |batch| {
+            let sums: Vec<_> =
+                batch.columns()[keys.len()..].iter().map(|sum| sum.as_primitive::<Decimal128Type>()).collect();
+            results::each_row(&batch, &keys, &keys, |row, key, key_cells| {
+                let by = sums.iter().map(|sum| sum.value(row)).collect();
+                chunk.push(Moved { key, key_cells: key_cells.into(), by });
+                Ok(())
+            })
+        })?;
+        chunk.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        Ok(chunk)
     }
 }
 

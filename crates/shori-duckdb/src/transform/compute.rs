@@ -15,11 +15,12 @@ use shori_core::store::{OutputKind, OutputReader, OutputRows};
 use shori_core::transform::Applied;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::adding::Adding;
+use super::adding::{Adding, Sums};
 use super::difference;
 use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
 use super::file::{self, StateFile};
+use super::hands::{Hands, Second};
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
@@ -87,6 +88,8 @@ impl Place {
 pub(super) struct Working {
     pub sets: Sets,
     pub mirrors: Mirrors,
+    /// Let go of with the rest when something fails.
+    pub second: Option<Session>,
 }
 
 type Give<'g> = &'g mut dyn FnMut(shori_core::store::OutputRows) -> Result<()>;
@@ -189,7 +192,9 @@ impl Computation<'_> {
             }
             Maintenance::ByEntity { entity, measures } => {
                 let scope = Scope { ranges, step: steps::last(self.connection)? };
-                let (set, touched) = working.sets.get(self.session, self.connection, self.layout, entity, scope)?;
+                let hands = Hands { session: self.session, view: self.connection };
+                let mut second = self.second(&mut working.second)?;
+                let (set, touched) = working.sets.get(hands, &mut second, self.layout, entity, scope)?;
                 match touched {
                     Touched::Nothing => return Ok(Made::Held { parts: VecDeque::new(), change: Change::Nothing }),
                     Touched::TooMany => return self.whole(sql, shape, working),
@@ -199,14 +204,14 @@ impl Computation<'_> {
                 let adds_up = !shape.has_others;
                 if matches!(measures, Measures::PerEntity) || adds_up {
                     // Most steps are small.
-                    if let Some(pairs) = difference::pairs(self.session, sql, shape, (&before, &after))? {
+                    if let Some(pairs) = difference::pairs(hands, &mut second, sql, shape, (&before, &after))? {
                         return match measures {
                             Measures::PerEntity => {
                                 let parts = difference::output(shape, pairs)?;
                                 Ok(Made::Held { parts, change: Change::Nothing })
                             }
                             Measures::Additive { .. } => {
-                                let (parts, rows) = self.adding(shape).hold(pairs)?;
+                                let (parts, rows) = self.sums(shape).hold(hands, &mut second, pairs)?;
                                 Ok(Made::Held { parts, change: Change::Rows(rows) })
                             }
                         };
@@ -241,9 +246,24 @@ impl Computation<'_> {
         Ok(Made::Laid(self.laid(shape, OutputKind::Replace, (rows, 0))))
     }
 
+    /// Opened when it is first needed; where order must be the same in every run, there is one pair only.
+    fn second<'s>(&self, session: &'s mut Option<Session>) -> Result<Option<Second<'s>>> {
+        if self.database.is_inline() {
+            return Ok(None);
+        }
+        if session.is_none() {
+            *session = Some(Session::open(self.database)?);
+        }
+        let view = self.file.view()?;
+        Ok(session.as_mut().map(|session| Second::new(session, view)))
+    }
+
+    fn sums<'a>(&'a self, shape: &'a Shape) -> Sums<'a> {
+        Sums { projection: &self.projection.name, shape }
+    }
+
     fn adding<'a>(&'a self, shape: &'a Shape) -> Adding<'a> {
-        let (session, connection, projection) = (self.session, self.connection, &*self.projection.name);
-        Adding { session, connection, projection, shape, place: self.place }
+        Adding { session: self.session, connection: self.connection, sums: self.sums(shape), place: self.place }
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.

@@ -1,12 +1,13 @@
 //! What a query gave for touched entities and gives now, row by row, where that is little: as most steps are.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use shori_core::Result;
 use shori_core::projection::SqlProjection;
 use shori_core::store::OutputRows;
 
 use super::cells::cells_of;
+use super::hands::{Hands, Second, both};
 use super::key::Key;
 use super::query::{self, Shape};
 use super::reader::READY_ROWS_MAX;
@@ -15,7 +16,7 @@ use super::session::Session;
 use super::tables::Batch;
 
 /// What is held of either side at most.
-const HELD_ROWS_MAX: i64 = READY_ROWS_MAX / 2;
+const HELD_ROWS_MAX: i64 = READY_ROWS_MAX;
 const HELD_BYTES_MAX: usize = 16 << 20;
 
 /// A key's row before and after.
@@ -25,38 +26,53 @@ pub(super) struct Pair {
     pub after: Option<Row>,
 }
 
+/// A key's row on one side.
+type Keyed = (Key, Row);
+
 /// The rows of either side, by key; none where they are too many to be held, or a key comes twice.
 pub(super) fn pairs(
-    session: &Session,
+    hands: Hands<'_>,
+    second: &mut Option<Second<'_>>,
     sql: &SqlProjection,
     shape: &Shape,
     (before, after): (&str, &str),
 ) -> Result<Option<Vec<Pair>>> {
-    let (key, all) = (shape.key_indexes(), (0..shape.fields.len()).collect::<Vec<_>>());
-    let mut found: HashMap<Key, (Option<Row>, Option<Row>)> = HashMap::new();
-    for (schema, is_after) in [(before, false), (after, true)] {
-        let (mut rows, mut bytes, mut is_unique) = (0, 0, true);
-        query::each(session, sql, schema, HELD_ROWS_MAX + 1, |batch| {
-            rows += batch.num_rows() as i64;
-            each_row(&batch, &key, &all, |_, key, row| {
-                bytes += row.len();
-                if bytes > HELD_BYTES_MAX {
-                    return Ok(());
-                }
-                let sides = found.entry(key).or_default();
-                let side = if is_after { &mut sides.1 } else { &mut sides.0 };
-                is_unique &= side.replace(row.into()).is_none();
-                Ok(())
-            })
-        })?;
-        if rows > HELD_ROWS_MAX || bytes > HELD_BYTES_MAX || !is_unique {
-            return Ok(None);
+    let read = |schema| move |hands: Hands<'_>| side(hands.session, sql, shape, schema);
+    let (before, after) = both(hands, second.as_mut(), read(before), read(after))?;
+    let (Some(before), Some(after)) = (before, after) else { return Ok(None) };
+    let mut pairs = Vec::with_capacity(before.len().max(after.len()));
+    let mut after = after.into_iter().peekable();
+    for (key, row) in before {
+        while let Some((key, row)) = after.next_if(|(other, _)| *other < key) {
+            pairs.push(Pair { key, before: None, after: Some(row) });
         }
+        let now = after.next_if(|(other, _)| *other == key).map(|(_, row)| row);
+        pairs.push(Pair { key, before: Some(row), after: now });
     }
-    let pair = |(key, (before, after))| Pair { key, before, after };
-    let mut pairs: Vec<Pair> = found.into_iter().map(pair).collect();
-    pairs.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+    pairs.extend(after.map(|(key, row)| Pair { key, before: None, after: Some(row) }));
     Ok(Some(pairs))
+}
+
+/// The rows of one side in the order of their keys.
+fn side(session: &Session, sql: &SqlProjection, shape: &Shape, schema: &str) -> Result<Option<Vec<Keyed>>> {
+    let (key, all) = (shape.key_indexes(), (0..shape.fields.len()).collect::<Vec<_>>());
+    let (mut rows, mut count, mut bytes) = (Vec::new(), 0, 0);
+    query::each(session, sql, schema, HELD_ROWS_MAX + 1, |batch| {
+        count += batch.num_rows() as i64;
+        each_row(&batch, &key, &all, |_, key, row| {
+            bytes += row.len();
+            if bytes <= HELD_BYTES_MAX {
+                rows.push((key, row.into()));
+            }
+            Ok(())
+        })
+    })?;
+    if count > HELD_ROWS_MAX || bytes > HELD_BYTES_MAX {
+        return Ok(None);
+    }
+    rows.sort_unstable_by(|(one, _), (other, _): &Keyed| one.cmp(other));
+    let is_unique = rows.windows(2).all(|neighbours| neighbours[0].0 != neighbours[1].0);
+    Ok(is_unique.then_some(rows))
 }
 
 /// The output that takes one side to the other.

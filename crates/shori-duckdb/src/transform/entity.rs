@@ -9,21 +9,21 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema};
-use rusqlite::Connection;
 use shori_core::projection::{Derivation, Entity, EntityPath, Maintenance, SqlProjection};
 use shori_core::{Error, ErrorKind, Result};
 
 use super::cells::Cell;
 use super::cells::Cells;
+use super::hands::{Hands, Second, both, worth_sharing};
 use super::kept::{self, Net};
 use super::key::Key;
 use super::layout::Layout;
 use super::query::{used_columns, uses_lsn};
 use super::rows::Finder;
-use super::session::{Loader, Session, WORK, WorkTable, comma};
+use super::session::{Loader, WORK, WorkTable, comma};
 use super::steps::Ranges;
 use super::tables::{Head, Table};
-use crate::database::quote_name;
+use crate::database::{quote_name, traced};
 
 /// Entities of a set at most: they are held in memory. Where more are touched, the query runs in full.
 const ENTITIES_MAX: usize = 2_000_000;
@@ -54,8 +54,7 @@ pub(super) fn schema_after(set: usize) -> String {
 type Values = HashSet<Key>;
 
 struct Builder<'a> {
-    session: &'a Session,
-    view: &'a Connection,
+    hands: Hands<'a>,
     layout: &'a Layout,
     entity: &'a Entity,
     ranges: &'a Ranges,
@@ -63,8 +62,8 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn build(&self) -> Result<Touched> {
-        let entities = self.entities()?;
+    fn build(&self, second: &mut Option<Second<'_>>) -> Result<Touched> {
+        let entities = traced("entities", || self.entities())?;
         if entities.is_empty() || entities.len() > ENTITIES_MAX {
             return Ok(if entities.is_empty() { Touched::Nothing } else { Touched::TooMany });
         }
@@ -82,8 +81,10 @@ impl Builder<'_> {
             };
             let column = column_of(table, column)?;
             let mut leads = self.leads(name)?;
-            self.old_rows(table, values.as_ref().map(|values| (column, values)), &mut leads)?;
-            self.rows_now(table, column, values.as_ref().unwrap_or(&entities), &mut leads)?;
+            traced("rows before", || self.old_rows(table, values.as_ref().map(|values| (column, values)), &mut leads))?;
+            traced("rows now", || {
+                self.rows_now(second, table, column, values.as_ref().unwrap_or(&entities), &mut leads)
+            })?;
             for lead in leads {
                 joined.entry(lead.to).or_default().extend(lead.values);
             }
@@ -142,7 +143,7 @@ impl Builder<'_> {
     }
 
     fn each_net(&self, table: &Table, take: impl FnMut(Net) -> Result<()>) -> Result<()> {
-        kept::nets(self.view, table, self.ranges, take)
+        kept::nets(self.hands.view, table, self.ranges, take)
     }
 
     /// What touched rows hold in `own`, where something changed that a query can mean: a row that leads to many entities
@@ -181,7 +182,7 @@ impl Builder<'_> {
                 None => break,
             };
             let mut found = Values::new();
-            let mut finder = Finder::new(self.view, other)?;
+            let mut finder = Finder::new(self.hands.view, other)?;
             let theirs = column_of(other, their_column)?;
             if is_last && other.key == [next] {
                 finder.find_keys(theirs, sorted(&values), |key| {
@@ -208,8 +209,8 @@ impl Builder<'_> {
     fn old_rows(&self, table: &Table, joined: Option<(usize, &Values)>, leads: &mut [Lead<'_>]) -> Result<()> {
         let columns = self.columns(table);
         let old = self.old(table);
-        self.session.create(&old)?;
-        let mut loader = Loader::new(self.session, old)?;
+        self.hands.session.create(&old)?;
+        let mut loader = Loader::new(self.hands.session, old)?;
         self.each_net(table, |net| {
             let mut cells = Vec::with_capacity(table.columns.len());
             let before = match &net.before {
@@ -237,19 +238,24 @@ impl Builder<'_> {
     }
 
     /// Lays the rows that hold one of `values` in `column`, as they stand.
-    fn rows_now(&self, table: &Table, column: usize, values: &Values, leads: &mut [Lead<'_>]) -> Result<()> {
-        let columns = self.columns(table);
-        let now = self.now(table);
-        self.session.create(&now)?;
-        let mut loader = Loader::new(self.session, now)?;
-        Finder::new(self.view, table)?.find(column, sorted(values), |_, row| {
-            let (head, rest) = Head::read(row)?;
-            let mut cells = Vec::with_capacity(table.columns.len());
-            rest.collect(table.columns.len(), &mut cells)?;
-            leads.iter_mut().try_for_each(|lead| lead.note(table, &cells))?;
-            loader.push(columns.iter().map(|&column| cells[column]).chain([Some(head.lsn.as_slice())]))
-        })?;
-        loader.finish()
+    fn rows_now(
+        &self,
+        second: &mut Option<Second<'_>>,
+        table: &Table,
+        column: usize,
+        values: &Values,
+        leads: &mut [Lead<'_>],
+    ) -> Result<()> {
+        let (columns, now, values) = (self.columns(table), self.now(table), sorted(values));
+        self.hands.session.create(&now)?;
+        let rows = RowsNow { table, now, columns, column };
+        let second = worth_sharing(second, values.len());
+        let (own, others) = values.split_at(if second.is_some() { values.len() / 2 } else { values.len() });
+        let mut led: Vec<Lead<'_>> = leads.iter().map(Lead::to_same).collect();
+        let lay_others = |hands: Hands<'_>| rows.lay(hands, others, &mut led);
+        both(self.hands, second, |hands| rows.lay(hands, own, leads), lay_others)?;
+        leads.iter_mut().zip(led).for_each(|(lead, led)| lead.values.extend(led.values));
+        Ok(())
     }
 
     fn now(&self, table: &Table) -> WorkTable {
@@ -273,19 +279,20 @@ impl Builder<'_> {
     /// Makes every table seen in both schemas.
     fn make_views(&self) -> Result<()> {
         for schema in [schema_before(self.set), schema_after(self.set)] {
-            self.session
+            self.hands
+                .session
                 .run(&format!("drop schema if exists {WORK}.{schema} cascade; create schema {WORK}.{schema}"))?;
         }
         for name in self.entity.paths.keys() {
             let table = self.layout.table(name)?;
             let (now, old) = (self.now(table), self.old(table));
-            self.session.create(&now)?;
-            self.session.create(&old)?;
+            self.hands.session.create(&now)?;
+            self.hands.session.create(&old)?;
             let names = comma(now.columns.fields().iter().map(|field| quote_name(field.name())));
             let (now, old, name) = (now.full_name(), old.full_name(), quote_name(name));
             let same = |&index: &usize| format!("n.{0} = o.{0}", quote_name(table.columns[index].name()));
             let same = table.key.iter().map(same).collect::<Vec<_>>().join(" and ");
-            self.session.run(&format!(
+            self.hands.session.run(&format!(
                 "create view {WORK}.{}.{name} as select {names} from {now};
                  create view {WORK}.{}.{name} as
                  select {names} from {now} n anti join {old} o on {same}
@@ -340,6 +347,29 @@ impl Builder<'_> {
     }
 }
 
+/// Where rows of a table that stand are laid.
+struct RowsNow<'a> {
+    table: &'a Table,
+    now: WorkTable,
+    columns: Vec<usize>,
+    /// They are found by it.
+    column: usize,
+}
+
+impl RowsNow<'_> {
+    fn lay(&self, hands: Hands<'_>, values: &[&Key], leads: &mut [Lead<'_>]) -> Result<()> {
+        let mut loader = Loader::new(hands.session, self.now.clone())?;
+        Finder::new(hands.view, self.table)?.find(self.column, values.iter().copied(), |_, row| {
+            let (head, rest) = Head::read(row)?;
+            let mut cells = Vec::with_capacity(self.table.columns.len());
+            rest.collect(self.table.columns.len(), &mut cells)?;
+            leads.iter_mut().try_for_each(|lead| lead.note(self.table, &cells))?;
+            loader.push(self.columns.iter().map(|&column| cells[column]).chain([Some(head.lsn.as_slice())]))
+        })?;
+        loader.finish()
+    }
+}
+
 /// Values by which rows of one table lead to those of another.
 struct Lead<'a> {
     to: &'a str,
@@ -348,6 +378,11 @@ struct Lead<'a> {
 }
 
 impl Lead<'_> {
+    /// One that leads to the same and has no values.
+    fn to_same(&self) -> Self {
+        Self { to: self.to, column: self.column, values: Values::new() }
+    }
+
     fn note(&mut self, table: &Table, cells: &[Cell<'_>]) -> Result<()> {
         if cells[self.column].is_some() {
             self.values.insert(table.value_of(self.column, cells)?);
@@ -411,8 +446,8 @@ impl Sets {
     /// The set of what changed in `scope`, made if it does not stand.
     pub fn get(
         &mut self,
-        session: &Session,
-        view: &Connection,
+        hands: Hands<'_>,
+        second: &mut Option<Second<'_>>,
         layout: &Layout,
         entity: &Entity,
         scope: Scope,
@@ -435,12 +470,12 @@ impl Sets {
         };
         let made = &mut self.0[set];
         made.scope = None;
-        let builder = Builder { session, view, layout, entity, ranges: &scope.ranges, set };
+        let builder = Builder { hands, layout, entity, ranges: &scope.ranges, set };
         if !made.has_views {
             builder.make_views()?;
             made.has_views = true;
         }
-        let touched = builder.build()?;
+        let touched = builder.build(second)?;
         made.scope = Some((scope, touched));
         Ok((set, touched))
     }

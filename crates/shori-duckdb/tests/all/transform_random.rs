@@ -72,8 +72,11 @@ pub fn projections_in_sql() -> Vec<Projection> {
 }
 
 pub fn transform(directory: &Path) -> DuckdbTransform {
-    let settings =
-        Settings { memory_limit_mib: 256, threads: 2, spill_directory: directory.join("spill"), inline: true };
+    open_transform(directory, true)
+}
+
+fn open_transform(directory: &Path, inline: bool) -> DuckdbTransform {
+    let settings = Settings { memory_limit_mib: 256, threads: 2, spill_directory: directory.join("spill"), inline };
     DuckdbTransform::open(&Database::open(&settings).unwrap(), &directory.join("state.sqlite")).unwrap()
 }
 
@@ -83,13 +86,14 @@ struct World {
     directory: tempfile::TempDir,
     projections: Vec<Projection>,
     faults: Faults,
+    inline: bool,
 }
 
 impl World {
     /// Everything, some times over, in a process that may end at any step.
     async fn process(&self, faults: &Faults, rounds: u64, rows: usize, shape: &TransactionShape) -> Result<()> {
         let store = self.storage.open(faults.clone());
-        let transform = transform(self.directory.path());
+        let transform = open_transform(self.directory.path(), self.inline);
         let mut source = MemorySource::new(&self.database, faults.clone(), SourceHabits::ROUGH);
         store.bootstrap().await?;
         for round in 0..rounds {
@@ -122,7 +126,7 @@ impl World {
     }
 }
 
-async fn run(seed: u64) {
+async fn run(seed: u64, shape: TransactionShape, inline: bool) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let world = World {
         database: MemoryDatabase::new("shop", model_tables()),
@@ -130,8 +134,8 @@ async fn run(seed: u64) {
         directory: tempfile::tempdir().unwrap(),
         projections: projections_in_sql(),
         faults: Faults::seeded(seed, FaultPlan { errors: 3, ..FaultPlan::NONE }),
+        inline,
     };
-    let shape = TransactionShape::default();
     for _ in 0..rng.random_range(0..6) {
         commit_random(&world.database, &shape, &mut rng);
     }
@@ -143,7 +147,7 @@ async fn run(seed: u64) {
         for _ in 0..rng.random_range(0..6) {
             commit_random(&world.database, &shape, &mut rng);
         }
-        let (rounds, rows) = (rng.random_range(1..5), rng.random_range(1..20));
+        let (rounds, rows) = (rng.random_range(1..5), rng.random_range(1..5 * shape.statements as usize));
         tokio::select! {
             biased;
             () = faults.crashed() => {}
@@ -158,7 +162,8 @@ async fn run(seed: u64) {
     }
     world.faults.set_plan(FaultPlan::NONE);
     for _ in 0..4 {
-        world.process(&world.faults.process(), 3, 50, &TransactionShape { statements: 0, ..shape }).await.unwrap();
+        let rows = shape.statements as usize * 12;
+        world.process(&world.faults.process(), 3, rows, &TransactionShape { statements: 0, ..shape }).await.unwrap();
     }
     world.assert_right(&format!("seed {seed} at the end"));
 }
@@ -203,6 +208,14 @@ async fn outputs_are_right_whatever_happens() {
     let (first, seeds): (u64, u64) = (number("SHORI_SEED").unwrap_or(0), number("SHORI_SEEDS").unwrap_or(6));
     for seed in first..first + seeds {
         println!("seed {seed}");
-        run(seed).await;
+        run(seed, TransactionShape::default(), true).await;
+    }
+}
+
+/// Large enough that the work of a step is shared between threads.
+#[tokio::test(start_paused = true)]
+async fn outputs_of_large_steps_are_right() {
+    for seed in 0..2 {
+        run(seed, TransactionShape { keys: 1_000, statements: 800, ..TransactionShape::default() }, false).await;
     }
 }
