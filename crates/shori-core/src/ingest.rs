@@ -184,11 +184,18 @@ impl Ingestor {
         let resume = resume.collect();
         let Started { identity, captures, failed } = self.source.start(&resume).await?;
         let mut read: Staged = known.iter().map(|(id, state)| (id.clone(), state.watermark.staged)).collect();
-        self.leave_out(failed, &mut read).await?;
-        let captures = self.compatible(captures, &known).await?;
+        let mut left_out = self.leave_out(failed, &mut read).await?;
+        let (captures, misfits) = Self::compatible(captures, &known);
+        left_out.extend(self.leave_out(misfits, &mut Staged::new()).await?);
         self.store.prepare_captures(&timeline, &identity, &captures).await?;
         let mut stored = self.store.captures().await?;
         stored.retain(|_, state| state.timeline == timeline);
+        for (id, reason) in left_out {
+            if let Some(state) = stored.get_mut(&id) {
+                // Where it was mended meanwhile, this session leaves it out all the same: the next one reads it.
+                state.failed.get_or_insert(reason);
+            }
+        }
         let active = |id: &CaptureId, state: &CaptureState| {
             state.failed.is_none() && captures.iter().any(|capture| capture.id == *id)
         };
@@ -211,12 +218,11 @@ impl Ingestor {
         Ok(Session { expected, watermark, goal: None, looked })
     }
 
-    /// Captures whose schema can follow the stored one; the others are marked (contract 11).
-    async fn compatible(
-        &mut self,
+    /// Captures whose schema can follow the stored one, and the others with the reason.
+    fn compatible(
         captures: Vec<CaptureInfo>,
         known: &BTreeMap<CaptureId, CaptureState>,
-    ) -> Result<Vec<CaptureInfo>> {
+    ) -> (Vec<CaptureInfo>, Vec<(CaptureId, Error)>) {
         let mut fit = Vec::with_capacity(captures.len());
         let mut misfits = Vec::new();
         for capture in captures {
@@ -231,15 +237,20 @@ impl Ingestor {
                 _ => fit.push(capture),
             }
         }
-        self.leave_out(misfits, &mut Staged::new()).await?;
-        Ok(fit)
+        (fit, misfits)
     }
 
     /// Marks captures that cannot go on, and goes on without them (contract 11).
     ///
     /// `read` tells where reading stood: if another process has moved a capture on since, the source may well have let
     /// go of what that one has read, and the capture is not at fault.
-    async fn leave_out(&mut self, failed: Vec<(CaptureId, Error)>, read: &mut Staged) -> Result<()> {
+    /// Returns them with their reasons.
+    async fn leave_out(
+        &mut self,
+        failed: Vec<(CaptureId, Error)>,
+        read: &mut Staged,
+    ) -> Result<Vec<(CaptureId, String)>> {
+        let mut left_out = Vec::with_capacity(failed.len());
         for (capture, error) in failed {
             let mut reason = error.to_string();
             if let Some(state) = self.store.captures().await?.get(&capture) {
@@ -260,9 +271,10 @@ impl Ingestor {
                     state.failed = Some(reason.clone());
                 }
             });
-            self.events.send(Event::CaptureFailed { capture, reason });
+            self.events.send(Event::CaptureFailed { capture: capture.clone(), reason: reason.clone() });
+            left_out.push((capture, reason));
         }
-        Ok(())
+        Ok(left_out)
     }
 
     /// Appends `batch`, and reads the next one meanwhile if more is known to wait. Fails when another writer has been
