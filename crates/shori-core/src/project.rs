@@ -8,6 +8,8 @@
 //! starts exactly where its target stands.
 
 mod output;
+#[cfg(test)]
+mod slow_target;
 mod worker;
 
 use std::collections::{BTreeMap, VecDeque};

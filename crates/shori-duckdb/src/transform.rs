@@ -7,7 +7,8 @@
 //! [`tables`]). A step applies changes to them one after the other and keeps what they changed ([`advance`],
 //! [`images`], [`steps`], [`kept`]). An output is made from what was kept since the target's checkpoint ([`compute`]):
 //! straight from the file ([`direct`]), or by DuckDB, for queries over the rows of touched entities alone ([`entity`],
-//! [`query`], [`mirror`]). It is handed out in parts ([`reader`]); what a query's next output builds on is kept in
+//! [`query`], [`mirror`]), on two threads where there is enough to do ([`hands`]). Differences that are small are told and added
+//! up in memory ([`difference`], [`adding`]). It is handed out in parts ([`reader`]); what a query's next output builds on is kept in
 //! [`results`].
 //!
 //! One connection writes the file; others see it as it was when they began. DuckDB's tables are in memory and spill.

@@ -30,10 +30,11 @@ pub(super) struct Outcome {
 
 impl Projector {
     /// Waits a little for commits that are about to end, so that the outputs of a step are computed together: what it touched
-    /// is then read once. A target that was slow the last time is not waited for, and none for long (contract 11).
+    /// is then read once. A target that was slow the last time is not waited for, and no commit for long (contract 11).
     pub(super) async fn gather(&mut self, state: &mut State) -> Result<()> {
-        let latest = Instant::now() + SHORT_COMMIT;
-        while state.workers.iter().any(|worker| worker.committing && !worker.slow) {
+        let until =
+            |worker: &Worker| worker.committing_since.filter(|_| !worker.slow).map(|since| since + SHORT_COMMIT);
+        while let Some(latest) = state.workers.iter().filter_map(until).filter(|until| *until > Instant::now()).max() {
             match tokio::time::timeout_at(latest, state.commits.join_next()).await {
                 Ok(Some(done)) => self.committed(state, done).await?,
                 Ok(None) | Err(_) => break,
@@ -51,7 +52,9 @@ impl Projector {
             }
             let worker = &state.workers[index];
             let resting = worker.not_before.is_some_and(|time| time > Instant::now());
-            let Some(target) = worker.target.clone().filter(|_| worker.loaded && !worker.committing && !resting) else {
+            let Some(target) =
+                worker.target.clone().filter(|_| worker.loaded && worker.committing_since.is_none() && !resting)
+            else {
                 continue;
             };
             if self.is_within_horizon(worker, &target, state, log) {
@@ -77,7 +80,7 @@ impl Projector {
                 }
                 Ok(Computed::Output { positions, as_of_time, reader }) => {
                     let commit = self.commit(state, log, index, target, complete, (positions, as_of_time));
-                    state.workers[index].committing = true;
+                    state.workers[index].committing_since = Some(Instant::now());
                     state.commits.spawn(commit.run(reader));
                     moved = true;
                 }
@@ -130,7 +133,7 @@ impl Projector {
     pub(super) async fn committed(&mut self, state: &mut State, done: Result<Outcome, JoinError>) -> Result<()> {
         let outcome = done.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "a commit", cause))?;
         let worker = &mut state.workers[outcome.worker];
-        worker.committing = false;
+        worker.committing_since = None;
         worker.slow = outcome.took > SHORT_COMMIT;
         state.forgotten = false;
         match outcome.result {

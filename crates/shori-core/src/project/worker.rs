@@ -26,7 +26,8 @@ pub(super) struct Worker {
     pub(super) checkpoint: Option<Positions>,
     /// Whether `checkpoint` is what the store holds.
     pub(super) loaded: bool,
-    pub(super) committing: bool,
+    /// While an output of it is being committed.
+    pub(super) committing_since: Option<Instant>,
     /// Its last commit took long.
     pub(super) slow: bool,
     pub(super) backoff: Backoff,
@@ -73,7 +74,7 @@ impl Projector {
             target: None,
             checkpoint: None,
             loaded: false,
-            committing: false,
+            committing_since: None,
             slow: false,
             backoff: Backoff::new(self.settings.retry),
             not_before: None,
@@ -124,7 +125,10 @@ impl Projector {
     pub(super) async fn load_checkpoints(&mut self, state: &mut State, log: &LogState) -> Result<()> {
         for index in 0..state.workers.len() {
             let worker = &state.workers[index];
-            if worker.loaded || worker.committing || worker.not_before.is_some_and(|time| time > Instant::now()) {
+            if worker.loaded
+                || worker.committing_since.is_some()
+                || worker.not_before.is_some_and(|time| time > Instant::now())
+            {
                 continue;
             }
             match self.load_checkpoint(&state.workers[index], state).await {
