@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::position::{CaptureId, Position};
 
 /// Bytes of batches kept, over all captures.
-pub const RECENT_MAX_BYTES: usize = 32 << 20;
+pub const RECENT_MAX_BYTES: usize = 12 << 20;
 
 #[derive(Clone, Default)]
 pub struct Recent(Arc<Mutex<Inner>>);

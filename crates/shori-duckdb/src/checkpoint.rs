@@ -27,7 +27,7 @@ use crate::scattered::{Due, Scattered, vectors_of};
 
 /// Memory above the limit that may be used while something is rolled back or checkpointed. What was done must be read to be
 /// undone; where there is no room for it, DuckDB gives up the whole instance.
-const RESERVE_MIB: u64 = 64;
+const RESERVE_MIB: u64 = 48;
 
 /// Size of a write-ahead log at which it is folded into its file: rarely enough not to hold up steady work, often enough
 /// for a quick start after a crash. Crash tests write little: where they run, checkpoints come as often.

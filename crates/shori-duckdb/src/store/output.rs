@@ -26,7 +26,7 @@ use crate::database::quote_name;
 use crate::known_targets::{Known, deleted_rows_max, large_from_rows, overlay_rows, overlay_rows_max};
 
 /// Rows that are gathered before they are loaded.
-const LOAD_ROWS: usize = 65_536;
+const LOAD_ROWS: usize = 16_384;
 
 /// Rows that a temporary table may keep until the connection needs it again.
 const KEPT_ROWS: u64 = 8_192;

@@ -27,7 +27,7 @@ use super::rows::Writer;
 use super::tables::{CaptureNumber, Head, Table};
 
 /// Tests have small tables: where they run, rows are written in the midst of a step.
-const HELD_MAX_BYTES: usize = if cfg!(debug_assertions) { 8 << 10 } else { 48 << 20 };
+const HELD_MAX_BYTES: usize = if cfg!(debug_assertions) { 8 << 10 } else { 32 << 20 };
 
 /// Memory of an entry beside its rows: itself, and its place, in a table that is half full at worst.
 const ENTRY_BYTES: usize = size_of::<(Key, Entry)>() + 2 * size_of::<(Key, u32)>();

@@ -23,7 +23,7 @@ const LAYOUT_VERSION: i32 = 1;
 
 /// Pages that a connection keeps, in KiB: the one that writes, and those that read.
 const WRITER_CACHE_KIB: i64 = 32 * 1024;
-const READER_CACHE_KIB: i64 = 8 * 1024;
+const READER_CACHE_KIB: i64 = 4 * 1024;
 /// Pages of the write-ahead log after which it is folded into the file. Pages that are written at each step come only once.
 const LOG_PAGES: i64 = 16_384;
 /// Statements that a connection keeps.
