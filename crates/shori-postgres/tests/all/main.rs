@@ -7,3 +7,4 @@ mod columns;
 mod decimals;
 mod extremes;
 mod messages;
+mod recorded;
