@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 
 /// Crates that speak to one outside system each.
-const SYSTEMS: [&str; 2] = ["shori-sqlite", "shori-duckdb"];
+const SYSTEMS: [&str; 3] = ["shori-sqlite", "shori-duckdb", "shori-postgres"];
 
 /// Drivers, servers and files: none of them is the core's business.
 const DRIVERS: [&str; 14] = [
