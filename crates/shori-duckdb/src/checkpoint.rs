@@ -29,6 +29,12 @@ use crate::scattered::{Due, Scattered, vectors_of};
 /// undone; where there is no room for it, DuckDB gives up the whole instance.
 const RESERVE_MIB: u64 = 48;
 
+/// How much of its limit DuckDB gets while tables are first loaded: reading them and laying their rows out takes memory of its
+/// own, and less is asked of DuckDB than by many small commits.
+const WHILE_LOADING: (u64, u64) = (5, 8);
+/// It gets this much in any case, if the limit is no lower.
+const LEAST_MIB: u64 = 96;
+
 /// Size of a write-ahead log at which it is folded into its file: rarely enough not to hold up steady work, often enough
 /// for a quick start after a crash. Crash tests write little: where they run, checkpoints come as often.
 fn log_bytes() -> u64 {
@@ -54,6 +60,8 @@ pub(crate) const MARK_TABLE: &str = "ctl_checkpoints";
 pub(crate) struct Checkpoints {
     root: Arc<Mutex<Connection>>,
     memory_limit_mib: u64,
+    /// Tables are first loaded.
+    loading: AtomicBool,
     /// How many may use the reserve just now.
     using_reserve: Mutex<usize>,
     scattered: Mutex<Scattered>,
@@ -78,6 +86,7 @@ impl Checkpoints {
             root: root.clone(),
             known_targets: known_targets.clone(),
             memory_limit_mib,
+            loading: AtomicBool::new(false),
             using_reserve: Mutex::default(),
             scattered: Mutex::new(Scattered::new(memory_limit_mib)),
             logs: Mutex::default(),
@@ -227,19 +236,38 @@ impl Checkpoints {
 
     /// Runs `work` with some memory above the limit.
     pub fn with_reserve<T>(&self, work: impl FnOnce() -> T) -> T {
-        self.count_using_reserve(|count| count + 1, 1, self.memory_limit_mib + RESERVE_MIB);
+        self.count_using_reserve(|count| count + 1, 1);
         let outcome = work();
-        self.count_using_reserve(|count| count.saturating_sub(1), 0, self.memory_limit_mib);
+        self.count_using_reserve(|count| count.saturating_sub(1), 0);
         outcome
     }
 
+    /// Tells whether tables are first loaded.
+    pub fn set_loading(&self, loading: bool) {
+        if self.loading.swap(loading, Ordering::Relaxed) != loading {
+            let count = locked(&self.using_reserve);
+            self.set_limit(*count);
+        }
+    }
+
     /// Changes the count, and the memory limit if the count has then come to `edge`.
-    fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize, limit_mib: u64) {
+    fn count_using_reserve(&self, change: impl Fn(usize) -> usize, edge: usize) {
         let mut count = locked(&self.using_reserve);
         *count = change(*count);
-        if *count != edge {
-            return;
+        if *count == edge {
+            self.set_limit(*count);
         }
+    }
+
+    /// Sets the memory limit to what is right while `using_reserve` use the reserve.
+    fn set_limit(&self, using_reserve: usize) {
+        let limit_mib = match self.loading.load(Ordering::Relaxed) {
+            true => {
+                (self.memory_limit_mib * WHILE_LOADING.0 / WHILE_LOADING.1).max(LEAST_MIB.min(self.memory_limit_mib))
+            }
+            false => self.memory_limit_mib,
+        };
+        let limit_mib = if using_reserve > 0 { limit_mib + RESERVE_MIB } else { limit_mib };
         let root = locked(&self.root);
         if let Err(cause) = root.execute_batch(&format!("set memory_limit = '{limit_mib}MiB'")) {
             // Memory that is in use is not given back before its time: whoever uses the reserve next tries again.

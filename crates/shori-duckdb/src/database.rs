@@ -146,6 +146,11 @@ impl Database {
         self.checkpoints.deleted(catalog, table, vectors);
     }
 
+    /// Tells whether tables are first loaded: memory is then needed beside DuckDB.
+    pub(crate) fn set_loading(&self, loading: bool) {
+        self.checkpoints.set_loading(loading);
+    }
+
     /// Runs `work` unless a checkpoint is under way.
     pub(crate) fn unless_checkpointing(&self, work: impl FnOnce()) {
         self.checkpoints.unless_running(work);

@@ -293,6 +293,13 @@ impl Computer {
         Ok(Some(shape))
     }
 
+    /// State is begun anew: what was computed from it before does not follow.
+    fn begin_anew(&mut self) -> Result<()> {
+        self.working.sets.clear();
+        let pending = std::mem::take(&mut self.pending);
+        pending.values().try_for_each(|pending| pending.drop_tables(&self.session))
+    }
+
     fn drop_pending(&mut self, projection: &str) -> Result<()> {
         match self.pending.remove(projection) {
             Some(pending) => pending.drop_tables(&self.session),
@@ -337,7 +344,8 @@ impl Computer {
             Ok(Outcome::NeedsReplay) => Ok(Computed::NeedsReplay),
             Ok(Outcome::Output { positions, as_of_time, reader, change }) => {
                 if shape.is_some() {
-                    let pending = Pending { place: place.clone(), positions: positions.clone(), change };
+                    let (place, since, positions) = (place.clone(), since.cloned(), positions.clone());
+                    let pending = Pending { place, since, positions, change };
                     self.pending.insert(projection.name.clone(), pending);
                 }
                 Ok(Computed::Output { positions, as_of_time, reader })
@@ -362,8 +370,8 @@ impl Transform for DuckdbTransform {
             computer.shapes.clear();
             let layout = layout::open(writer, &store_id, &tables, &projections)?;
             *locked(&shared.applied) = steps::applied(writer, &layout)?;
-            computer.working.sets.clear();
             let computer = &mut *computer;
+            computer.begin_anew()?;
             computer.working.mirrors.open(&computer.session, &layout)?;
             *locked(&shared.layout) = Arc::new(layout);
             Ok(())
@@ -423,10 +431,14 @@ impl Transform for DuckdbTransform {
         let (name, checkpoint, file) = (projection.to_string(), checkpoint.cloned(), self.file.clone());
         let layout = self.shared.layout();
         let settled = layout.projection(projection)?;
-        match checkpoint {
-            Some(_) => locked(&self.shared.started).insert(settled.name.clone()),
-            None => locked(&self.shared.started).remove(&settled.name),
-        };
+        {
+            let mut started = locked(&self.shared.started);
+            match checkpoint {
+                Some(_) => started.insert(settled.name.clone()),
+                None => started.remove(&settled.name),
+            };
+            self.database.set_loading(!layout.projections.keys().all(|name| started.contains(name)));
+        }
         if !matches!(settled.derivation, Derivation::Sql(_)) {
             return Ok(());
         }
@@ -480,7 +492,7 @@ impl Transform for DuckdbTransform {
             let tables: Vec<StateTable> = layout.tables.values().flat_map(captures).collect();
             let projections: Vec<Projection> = layout.projections.values().cloned().collect();
             let computer = &mut *computer;
-            computer.working.sets.clear();
+            computer.begin_anew()?;
             if !layout.store_id.is_empty() {
                 let layout = layout::open(writer, &layout.store_id, &tables, &projections)?;
                 computer.working.mirrors.open(&computer.session, &layout)?;

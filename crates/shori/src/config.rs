@@ -226,7 +226,7 @@ impl Default for RetentionConfig {
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        Self { limit_mib: 192, threads: 0 }
+        Self { limit_mib: 256, threads: 0 }
     }
 }
 

@@ -195,14 +195,14 @@ impl Computation<'_> {
                 let hands = Hands { session: self.session, view: self.connection };
                 let mut second = self.second(&mut working.second)?;
                 let (set, touched) = working.sets.get(hands, &mut second, self.layout, entity, scope)?;
-                match touched {
+                let bytes = match touched {
                     Touched::Nothing => return Ok(Made::Held { parts: VecDeque::new(), change: Change::Nothing }),
                     Touched::TooMany => return self.whole(sql, shape, working),
-                    Touched::Some => {}
-                }
+                    Touched::Some(bytes) => bytes,
+                };
                 let (before, after) = (schema_before(set), schema_after(set));
                 let adds_up = !shape.has_others;
-                if matches!(measures, Measures::PerEntity) || adds_up {
+                if (matches!(measures, Measures::PerEntity) || adds_up) && bytes <= difference::HELD_BYTES_MAX {
                     // Most steps are small.
                     if let Some(pairs) = difference::pairs(hands, &mut second, sql, shape, (&before, &after))? {
                         return match measures {
@@ -233,6 +233,11 @@ impl Computation<'_> {
                 }
             }
         };
+        // Of a large step; the next ones may be small and have no need of them.
+        self.session.run(
+            "drop table if exists temp.main.__before; drop table if exists temp.main.__after;
+             drop table if exists temp.main.__moved",
+        )?;
         self.check_key(shape, counts.0)?;
         Ok(Made::Laid(self.laid(shape, OutputKind::Merge, counts)))
     }

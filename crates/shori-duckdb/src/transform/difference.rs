@@ -17,7 +17,7 @@ use super::tables::Batch;
 
 /// What is held of either side at most.
 const HELD_ROWS_MAX: i64 = READY_ROWS_MAX;
-const HELD_BYTES_MAX: usize = 16 << 20;
+pub(super) const HELD_BYTES_MAX: usize = 16 << 20;
 
 /// A key's row before and after.
 pub(super) struct Pair {

@@ -39,7 +39,8 @@ pub(super) struct Scope {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Touched {
     Nothing,
-    Some,
+    /// Rows of so many bytes, before and after.
+    Some(usize),
     TooMany,
 }
 
@@ -70,7 +71,7 @@ impl Builder<'_> {
         let mut order: Vec<(usize, &Arc<str>, &EntityPath)> =
             self.entity.paths.iter().map(|(table, path)| (self.depth(path), table, path)).collect();
         order.sort_by_key(|(depth, ..)| *depth);
-        let mut joined: BTreeMap<&str, Values> = BTreeMap::new();
+        let (mut joined, mut bytes): (BTreeMap<&str, Values>, usize) = Default::default();
         for (_, name, path) in order {
             let table = self.layout.table(name)?;
             let (column, values) = match path {
@@ -81,15 +82,15 @@ impl Builder<'_> {
             };
             let column = column_of(table, column)?;
             let mut leads = self.leads(name)?;
-            traced("rows before", || self.old_rows(table, values.as_ref().map(|values| (column, values)), &mut leads))?;
-            traced("rows now", || {
-                self.rows_now(second, table, column, values.as_ref().unwrap_or(&entities), &mut leads)
-            })?;
+            let joined_by = values.as_ref().map(|values| (column, values));
+            bytes += traced("rows before", || self.old_rows(table, joined_by, &mut leads))?;
+            let wanted = values.as_ref().unwrap_or(&entities);
+            bytes += traced("rows now", || self.rows_now(second, table, column, wanted, &mut leads))?;
             for lead in leads {
                 joined.entry(lead.to).or_default().extend(lead.values);
             }
         }
-        Ok(Touched::Some)
+        Ok(Touched::Some(bytes))
     }
 
     fn depth(&self, path: &EntityPath) -> usize {
@@ -206,11 +207,12 @@ impl Builder<'_> {
     }
 
     /// Lays the touched rows of a table as they were, those alone that `joined` leads to.
-    fn old_rows(&self, table: &Table, joined: Option<(usize, &Values)>, leads: &mut [Lead<'_>]) -> Result<()> {
+    fn old_rows(&self, table: &Table, joined: Option<(usize, &Values)>, leads: &mut [Lead<'_>]) -> Result<usize> {
         let columns = self.columns(table);
         let old = self.old(table);
         self.hands.session.create(&old)?;
         let mut loader = Loader::new(self.hands.session, old)?;
+        let mut bytes = 0;
         self.each_net(table, |net| {
             let mut cells = Vec::with_capacity(table.columns.len());
             let before = match &net.before {
@@ -230,11 +232,13 @@ impl Builder<'_> {
             if before.is_some() {
                 leads.iter_mut().try_for_each(|lead| lead.note(table, &cells))?;
             }
+            bytes += before.map_or(0, |row| row.cells.len());
             let lsn = before.map(|row| row.head.lsn);
             let shown = columns.iter().map(|&column| cells[column]);
             loader.push(shown.chain([lsn.as_ref().map(|lsn| lsn.as_slice()), Some(&[u8::from(before.is_some())])]))
         })?;
-        loader.finish()
+        loader.finish()?;
+        Ok(bytes)
     }
 
     /// Lays the rows that hold one of `values` in `column`, as they stand.
@@ -245,7 +249,7 @@ impl Builder<'_> {
         column: usize,
         values: &Values,
         leads: &mut [Lead<'_>],
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let (columns, now, values) = (self.columns(table), self.now(table), sorted(values));
         self.hands.session.create(&now)?;
         let rows = RowsNow { table, now, columns, column };
@@ -253,9 +257,9 @@ impl Builder<'_> {
         let (own, others) = values.split_at(if second.is_some() { values.len() / 2 } else { values.len() });
         let mut led: Vec<Lead<'_>> = leads.iter().map(Lead::to_same).collect();
         let lay_others = |hands: Hands<'_>| rows.lay(hands, others, &mut led);
-        both(self.hands, second, |hands| rows.lay(hands, own, leads), lay_others)?;
+        let (own, others) = both(self.hands, second, |hands| rows.lay(hands, own, leads), lay_others)?;
         leads.iter_mut().zip(led).for_each(|(lead, led)| lead.values.extend(led.values));
-        Ok(())
+        Ok(own + others)
     }
 
     fn now(&self, table: &Table) -> WorkTable {
@@ -357,16 +361,19 @@ struct RowsNow<'a> {
 }
 
 impl RowsNow<'_> {
-    fn lay(&self, hands: Hands<'_>, values: &[&Key], leads: &mut [Lead<'_>]) -> Result<()> {
+    fn lay(&self, hands: Hands<'_>, values: &[&Key], leads: &mut [Lead<'_>]) -> Result<usize> {
+        let mut bytes = 0;
         let mut loader = Loader::new(hands.session, self.now.clone())?;
         Finder::new(hands.view, self.table)?.find(self.column, values.iter().copied(), |_, row| {
+            bytes += row.len();
             let (head, rest) = Head::read(row)?;
             let mut cells = Vec::with_capacity(self.table.columns.len());
             rest.collect(self.table.columns.len(), &mut cells)?;
             leads.iter_mut().try_for_each(|lead| lead.note(self.table, &cells))?;
             loader.push(self.columns.iter().map(|&column| cells[column]).chain([Some(head.lsn.as_slice())]))
         })?;
-        loader.finish()
+        loader.finish()?;
+        Ok(bytes)
     }
 }
 

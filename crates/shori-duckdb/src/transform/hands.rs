@@ -5,7 +5,7 @@ use std::panic::resume_unwind;
 use std::thread;
 
 use rusqlite::Connection;
-use shori_core::Result;
+use shori_core::{Error, ErrorKind, Result};
 
 use super::file::View;
 use super::session::Session;
@@ -44,7 +44,9 @@ pub(super) fn both<A, B: Send>(
         return Ok((one, other(hands)?));
     };
     thread::scope(|scope| {
-        let other = scope.spawn(move || other(Hands { session: second.session, view: &second.view }));
+        let other = move || other(Hands { session: second.session, view: &second.view });
+        let begun = thread::Builder::new().name("second".into()).spawn_scoped(scope, other);
+        let other = begun.map_err(|cause| Error::new(ErrorKind::Unavailable, "begin", "a thread", cause))?;
         let one = one(hands);
         let other = other.join().unwrap_or_else(|panic| resume_unwind(panic));
         Ok((one?, other?))
@@ -58,8 +60,6 @@ pub(super) fn worth_sharing<'s, 'a>(second: &'s mut Option<Second<'a>>, work: us
 
 #[cfg(test)]
 mod tests {
-    use shori_core::{Error, ErrorKind};
-
     use super::super::file::StateFile;
     use super::super::session::WORK;
     use super::*;

@@ -52,6 +52,24 @@ impl Key {
     }
 }
 
+/// Floats that compare as equal are one: both zeros, and all that are no numbers.
+fn one_float(cell: &[u8]) -> std::borrow::Cow<'_, [u8]> {
+    let canonical: Option<Vec<u8>> = match *cell {
+        [a, b, c, d] => match f32::from_le_bytes([a, b, c, d]) {
+            number if number.is_nan() => Some(f32::NAN.to_le_bytes().into()),
+            number if number == 0.0 => Some(0_f32.to_le_bytes().into()),
+            _ => None,
+        },
+        [a, b, c, d, e, f, g, h] => match f64::from_le_bytes([a, b, c, d, e, f, g, h]) {
+            number if number.is_nan() => Some(f64::NAN.to_le_bytes().into()),
+            number if number == 0.0 => Some(0_f64.to_le_bytes().into()),
+            _ => None,
+        },
+        _ => None,
+    };
+    canonical.map_or(cell.into(), Into::into)
+}
+
 fn write_part(data_type: &DataType, cell: Cell<'_>, out: &mut Vec<u8>) -> Result<()> {
     let Some(cell) = cell else {
         out.push(0);
@@ -69,6 +87,7 @@ fn write_part(data_type: &DataType, cell: Cell<'_>, out: &mut Vec<u8>) -> Result
             out.extend_from_slice(&[0, 0]);
         }
         DataType::Float32 | DataType::Float64 => {
+            let cell = &*one_float(cell);
             let is_negative = cell.last().is_some_and(|last| last & 0x80 != 0);
             let turned = |byte: &u8| if is_negative { !byte } else { *byte };
             let start = out.len();
@@ -108,6 +127,17 @@ mod tests {
 
     use super::super::cells::{Cells, write_value};
     use super::*;
+
+    #[test]
+    fn floats_that_are_equal_are_one_key() {
+        let key = |number: f64| Key::of_one(&DataType::Float64, Some(&number.to_le_bytes())).unwrap();
+        let single = |number: f32| Key::of_one(&DataType::Float32, Some(&number.to_le_bytes())).unwrap();
+        assert_eq!(key(-0.0), key(0.0));
+        assert_eq!(single(-0.0), single(0.0));
+        assert_eq!(key(-f64::NAN), key(f64::NAN));
+        assert_eq!(single(f32::from_bits(0x7fc0_0001)), single(f32::NAN));
+        assert!(key(-f64::MIN_POSITIVE) < key(0.0) && key(f64::INFINITY) < key(f64::NAN));
+    }
 
     #[test]
     fn keys_sort_and_differ_as_their_values_do() {

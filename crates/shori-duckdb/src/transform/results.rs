@@ -44,11 +44,18 @@ pub(super) enum Change {
 /// An output that was computed and not settled.
 pub(super) struct Pending {
     pub place: Place,
+    /// The checkpoint from which it was computed.
+    pub since: Option<Positions>,
     pub positions: Positions,
     pub change: Change,
 }
 
 impl Pending {
+    /// Whether it takes what is kept as of `settled` further: a part does so only from where it began.
+    fn follows(&self, settled: Option<&Positions>) -> bool {
+        matches!(self.change, Change::Whole) || self.since.as_ref() == settled
+    }
+
     pub fn drop_tables(&self, session: &Session) -> Result<()> {
         match self.change {
             Change::Nothing | Change::Rows(_) => Ok(()),
@@ -102,6 +109,7 @@ impl Settling<'_> {
         let settled = settled(self.writer, name)?;
         if let (Some(pending), Some(shape)) = (pending, shape)
             && pending.positions == *checkpoint
+            && (!keeps_result(sql) || pending.follows(settled.as_ref()))
         {
             if !keeps_result(sql) && settled.is_some() {
                 return Ok(());
@@ -147,7 +155,7 @@ impl Settling<'_> {
         };
         match made {
             Some(Ok(_)) => {
-                let pending = Pending { place, positions: checkpoint.clone(), change: Change::Whole };
+                let pending = Pending { place, since: None, positions: checkpoint.clone(), change: Change::Whole };
                 transaction(self.writer, || {
                     self.mark(checkpoint)?;
                     self.take_over(shape, &pending)
