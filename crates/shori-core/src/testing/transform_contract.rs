@@ -106,6 +106,7 @@ pub async fn run(harness: &dyn TransformHarness) {
     state_behind_a_checkpoint_is_told(harness, harness.fresh().await.as_ref()).await;
     forgotten_changes_are_told(harness, harness.fresh().await.as_ref()).await;
     a_crash_between_commit_and_settle_is_repaired(harness, harness.fresh().await.as_ref()).await;
+    an_output_from_before_a_discard_is_not_taken_over(harness, harness.fresh().await.as_ref()).await;
     for seed in 0..harness.seeds() {
         random_run(harness, seed).await;
     }
@@ -331,6 +332,44 @@ async fn a_crash_between_commit_and_settle_is_repaired(harness: &dyn TransformHa
         database.commit(3_000 + turn as i64, &[order(10 + turn as i64, 5), customer(2 + turn as i64, "b")]);
         stage(&database, &storage).await;
     }
+}
+
+/// An output is committed, state is begun anew, and only then the transform hears of it: the output is no part of what
+/// stands now.
+async fn an_output_from_before_a_discard_is_not_taken_over(
+    harness: &dyn TransformHarness,
+    system: &dyn TransformSystem,
+) {
+    let (database, storage) = shop().await;
+    let of_second = |id: i64| {
+        let values = [id.into(), 2.into(), Value::Decimal(700), "open".into(), Value::Time(60_000_000)];
+        Write::Insert { table: "orders".into(), row: row(values) }
+    };
+    database.commit(1_500, &[customer(2, "b"), of_second(3)]);
+    stage(&database, &storage).await;
+    let store = storage.open(Faults::none());
+    let projections = three(harness);
+    let transform = system.open().await;
+    hand_driven::open(&store, transform.as_ref(), &projections).await.unwrap();
+    hand_driven::advance(&store, transform.as_ref(), None).await.unwrap();
+    hand_driven::project(&store, transform.as_ref(), &projections[0]).await.unwrap();
+    let begun = store.checkpoint("sums").await.unwrap().unwrap().positions;
+    database.commit(2_000, &[order(4, 5)]);
+    stage(&database, &storage).await;
+    hand_driven::advance(&store, transform.as_ref(), None).await.unwrap();
+    let (at, _) = output(transform.as_ref(), "sums", Some(&begun)).await;
+    transform.discard().await.unwrap();
+    hand_driven::advance(&store, transform.as_ref(), Some(&at)).await.unwrap();
+    transform.settle("sums", Some(&at)).await.unwrap();
+    // Of a group that the output did not name.
+    database.commit(2_500, &[of_second(5)]);
+    stage(&database, &storage).await;
+    hand_driven::advance(&store, transform.as_ref(), None).await.unwrap();
+    let (_, lines) = output(transform.as_ref(), "sums", Some(&at)).await;
+    let (_, whole) = output(transform.as_ref(), "sums", None).await;
+    let upserts: Vec<_> = lines.iter().filter(|line| line.starts_with("upsert")).collect();
+    assert!(!upserts.is_empty(), "the group has changed: {lines:?}");
+    assert!(upserts.iter().all(|line| whole.contains(line)), "{lines:?} is not of {whole:?}");
 }
 
 /// Random transactions, with crashes, resnapshots, resets and lost caches.

@@ -57,12 +57,12 @@ fn one_float(cell: &[u8]) -> std::borrow::Cow<'_, [u8]> {
     let canonical: Option<Vec<u8>> = match *cell {
         [a, b, c, d] => match f32::from_le_bytes([a, b, c, d]) {
             number if number.is_nan() => Some(f32::NAN.to_le_bytes().into()),
-            number if number == 0.0 => Some(0_f32.to_le_bytes().into()),
+            0.0 => Some(0_f32.to_le_bytes().into()),
             _ => None,
         },
         [a, b, c, d, e, f, g, h] => match f64::from_le_bytes([a, b, c, d, e, f, g, h]) {
             number if number.is_nan() => Some(f64::NAN.to_le_bytes().into()),
-            number if number == 0.0 => Some(0_f64.to_le_bytes().into()),
+            0.0 => Some(0_f64.to_le_bytes().into()),
             _ => None,
         },
         _ => None,
