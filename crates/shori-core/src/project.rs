@@ -9,7 +9,7 @@
 
 mod output;
 #[cfg(test)]
-mod slow_target;
+mod slow_target_tests;
 mod worker;
 
 use std::collections::{BTreeMap, VecDeque};

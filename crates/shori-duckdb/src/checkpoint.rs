@@ -242,6 +242,10 @@ impl Checkpoints {
         outcome
     }
 
+    pub fn is_loading(&self) -> bool {
+        self.loading.load(Ordering::Relaxed)
+    }
+
     /// Tells whether tables are first loaded.
     pub fn set_loading(&self, loading: bool) {
         if self.loading.swap(loading, Ordering::Relaxed) != loading {
@@ -261,7 +265,7 @@ impl Checkpoints {
 
     /// Sets the memory limit to what is right while `using_reserve` use the reserve.
     fn set_limit(&self, using_reserve: usize) {
-        let limit_mib = match self.loading.load(Ordering::Relaxed) {
+        let limit_mib = match self.is_loading() {
             true => {
                 (self.memory_limit_mib * WHILE_LOADING.0 / WHILE_LOADING.1).max(LEAST_MIB.min(self.memory_limit_mib))
             }
@@ -321,5 +325,37 @@ impl Drop for Checkpointer {
         {
             tracing::warn!("the thread that checkpoints has failed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loading_and_the_reserve_move_the_limit_and_it_comes_back() {
+        let root = Arc::new(Mutex::new(Connection::open_in_memory().unwrap()));
+        let limit = || {
+            let setting = "select current_setting('memory_limit')";
+            locked(&root).query_row(setting, [], |row| row.get::<_, String>(0)).unwrap()
+        };
+        let checkpoints = Checkpoints::new(&root, &Arc::default(), 256, true);
+        for (loading, alone, with_reserve) in
+            [(true, "160.0 MiB", "208.0 MiB"), (false, "256.0 MiB", "304.0 MiB"), (true, "160.0 MiB", "208.0 MiB")]
+        {
+            checkpoints.set_loading(loading);
+            assert_eq!(limit(), alone);
+            checkpoints.with_reserve(|| assert_eq!(limit(), with_reserve));
+            assert_eq!(limit(), alone);
+        }
+        checkpoints.with_reserve(|| {
+            checkpoints.set_loading(false);
+            assert_eq!(limit(), "304.0 MiB");
+        });
+        assert_eq!(limit(), "256.0 MiB");
+        // No less than DuckDB can do with.
+        let small = Checkpoints::new(&root, &Arc::default(), 100, true);
+        small.set_loading(true);
+        assert_eq!(limit(), "96.0 MiB");
     }
 }

@@ -146,7 +146,11 @@ impl Database {
         self.checkpoints.deleted(catalog, table, vectors);
     }
 
-    /// Tells whether tables are first loaded: memory is then needed beside DuckDB.
+    pub(crate) fn is_loading(&self) -> bool {
+        self.checkpoints.is_loading()
+    }
+
+    /// Tells whether tables are first loaded, or a projection is built anew: memory is then needed beside DuckDB.
     pub(crate) fn set_loading(&self, loading: bool) {
         self.checkpoints.set_loading(loading);
     }

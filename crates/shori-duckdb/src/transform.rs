@@ -431,13 +431,18 @@ impl Transform for DuckdbTransform {
         let (name, checkpoint, file) = (projection.to_string(), checkpoint.cloned(), self.file.clone());
         let layout = self.shared.layout();
         let settled = layout.projection(projection)?;
-        {
+        let loading = {
             let mut started = locked(&self.shared.started);
             match checkpoint {
                 Some(_) => started.insert(settled.name.clone()),
                 None => started.remove(&settled.name),
             };
-            self.database.set_loading(!layout.projections.keys().all(|name| started.contains(name)));
+            !layout.projections.keys().all(|name| started.contains(name))
+        };
+        if self.database.is_loading() != loading {
+            // With less memory, DuckDB may have to write out what it holds.
+            let database = self.database.clone();
+            self.database.run(move || Ok(database.set_loading(loading))).await?;
         }
         if !matches!(settled.derivation, Derivation::Sql(_)) {
             return Ok(());

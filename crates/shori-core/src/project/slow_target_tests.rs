@@ -23,6 +23,7 @@ use crate::testing::transactions::model_tables;
 use crate::testing::value::Value;
 
 const COMMITS: u64 = 200;
+/// Between two commits, of the runtime's time.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// When each commit was first shown.
@@ -86,7 +87,12 @@ async fn contract11_a_slow_target_holds_up_no_neighbour() {
             committed.push((commit, Instant::now()));
             sleep(PAUSE).await;
         }
-        sleep(Duration::from_secs(1)).await;
+        let last = committed.last().map(|(commit, _)| *commit);
+        let reached = |progress: &Progress| {
+            let shown = progress.checkpoints["customers_latest"].as_ref();
+            shown.and_then(|shown| shown.values().next().map(commit_of)) >= last
+        };
+        handle.progress.wait_for(reached).await.unwrap();
         let shown = shown.lock().unwrap();
         let delays = committed.iter().map(|(commit, at)| {
             let (_, seen) = shown.range(commit..).next().expect("every commit is shown");
