@@ -442,7 +442,12 @@ impl Transform for DuckdbTransform {
         if self.database.is_loading() != loading {
             // With less memory, DuckDB may have to write out what it holds.
             let database = self.database.clone();
-            self.database.run(move || Ok(database.set_loading(loading))).await?;
+            self.database
+                .run(move || {
+                    database.set_loading(loading);
+                    Ok(())
+                })
+                .await?;
         }
         if !matches!(settled.derivation, Derivation::Sql(_)) {
             return Ok(());
