@@ -18,6 +18,7 @@ pub mod projection;
 pub mod recent;
 pub mod retry;
 pub mod schema;
+pub mod secret;
 pub mod source;
 pub mod step;
 pub mod store;

@@ -47,7 +47,8 @@ pub trait Source: Send {
     /// resnapshot was asked for.
     async fn start(&mut self, resume: &BTreeMap<CaptureId, Resume>) -> Result<Started>;
 
-    /// The next changes; an unmoved watermark means that there is nothing new now. Does not wait for changes.
+    /// The next changes; an unmoved watermark means that nothing new has arrived. Does not wait for changes that are
+    /// still to be committed, nor long for those on their way.
     async fn next(&mut self, limit: BatchLimit) -> Result<SourceBatch>;
 
     /// Returns when changes may have come, after `at_most` at the latest.

@@ -1,27 +1,82 @@
-//! PostgreSQL's logical replication, decoded: no connection, no clock, no file.
+//! PostgreSQL as a source, by logical replication (`pgoutput`).
 //!
 //! # Constraints
 //!
+//! - Nothing is needed on the source but a publication and a slot, of PostgreSQL 14 or newer. What the server may forget
+//!   it is told only after it is in the log (contract 5).
 //! - Any bytes end in a value or an error, and what is allocated is bounded by the bytes that came: servers, proxies
 //!   and networks fail in the middle of a message.
 //! - A value is carried exactly, or refused: nothing is coerced or rounded. A value read as text and the same value
 //!   read as binary are one.
-//! - The session prints as its text is read here: `client_encoding` UTF8, `datestyle` ISO, `bytea_output` hex, and
-//!   `extra_float_digits` 1 or more, so that floats come back as they were. `timezone` and `intervalstyle` are set too:
-//!   columns configured as text hold what they make of values.
-//! - `two_phase` is not asked for: prepared transactions come with their commit, as others do.
+//! - Transactions are sent when they are committed, whole: the server keeps large ones on its own disk until then
+//!   (`logical_decoding_work_mem`), and nothing of one that is rolled back is sent.
 //!
 //! # Layout
 //!
 //! `message` decodes what the `pgoutput` plugin sends. `column_types` says what a column is carried as, and
 //! `column_builder` turns values into Arrow: `numeric`, `date_time` and `plain_values` read both formats of each type.
 //! `positions` holds the stored encoding of positions.
+//!
+//! `connect` makes connections and `replication` reads one; `setup` and `catalog` ask the server what it is and has.
+//! `stream` places row images and gathers them into a `batch`, `snapshot` reads tables whole, and `source` joins them
+//! under the contract of [`shori_core::source::Source`].
 
+mod batch;
+mod catalog;
 pub mod column_builder;
 pub mod column_types;
+mod connect;
 mod date_time;
 pub mod message;
 mod numeric;
 mod plain_values;
 pub mod positions;
 mod reader;
+mod replication;
+mod setup;
+mod snapshot;
+mod source;
+mod stream;
+
+use std::collections::BTreeMap;
+
+pub use connect::{Server, Tls};
+pub use source::{Inspected, PostgresSource, inspect, install, sample};
+
+/// What to capture, and how.
+#[derive(Clone, Debug)]
+pub struct PostgresConfig {
+    pub server: Server,
+    /// The timeline's name, and the source's in capture ids.
+    pub source_name: String,
+    /// The database schema that the tables are in.
+    pub schema: String,
+    pub tables: Vec<PostgresTable>,
+    pub publication: String,
+    pub slot: String,
+    /// Whether publication and slot are made, and made whole, where they are missing; else they are used as found.
+    pub manage: bool,
+    /// Most rows that one snapshot chunk holds.
+    pub snapshot_chunk_rows: usize,
+}
+
+impl PostgresConfig {
+    /// A table's name with its schema, for SQL and for messages.
+    pub(crate) fn qualified(&self, table: &str) -> String {
+        let plain = |name: &str| {
+            let mut letters = name.chars();
+            letters.next().is_some_and(|first| first.is_ascii_lowercase() || first == '_')
+                && letters.all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_')
+        };
+        let shown = |name: &str| if plain(name) { name.to_string() } else { connect::quoted(name) };
+        format!("{}.{}", shown(&self.schema), shown(table))
+    }
+}
+
+/// A captured table.
+#[derive(Clone, Debug, Default)]
+pub struct PostgresTable {
+    pub name: String,
+    /// `text` by column, for those that are carried as the server prints them.
+    pub columns: BTreeMap<String, String>,
+}

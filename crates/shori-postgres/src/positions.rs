@@ -1,26 +1,27 @@
 //! How a position is encoded. Permanent: logs keep it.
 //!
-//! `lsn` is where a transaction's commit record begins in the write-ahead log, eight bytes big endian. The first byte
-//! of `seq` is what stands there:
+//! | `seq` | `lsn` | what |
+//! |---|---|---|
+//! | index (u64 BE, below 2^56, so its first byte is `00`) | where the commit's record begins | a row image, by its index in the transaction |
+//! | `01` | the last byte before the place that has been read up to | a boundary |
+//! | `02 ‖ chunk (u32 BE) ‖ row (u32 BE)` | the same, of the boundary that the row follows | a snapshot row |
+//! | `02 ‖ chunk ‖ ffffffff` | the same | the end of a chunk |
 //!
-//! | `seq` | what |
-//! |---|---|
-//! | empty | before all of the commit: what ends before `lsn` has been read |
-//! | index (u64 BE, below 2^56, so its first byte is `00`) | a row image, by its index in the transaction |
-//! | `01` | the end of the commit |
-//! | `02 ‖ chunk (u32 BE) ‖ row (u32 BE)` | a snapshot row read when that commit was the newest |
-//! | `02 ‖ chunk ‖ ffffffff` | the end of a chunk |
+//! `lsn` is eight bytes big endian. Places in the write-ahead log where a record begins are multiples of eight, and the
+//! next commit may begin right where the last one ends: the byte before lies above all images of the one, and below those
+//! of the other.
 //!
-//! The index counts all images of the transaction that are committed, of captured tables or not, in the order they were
-//! sent. It is then the same in every run, whether or not the transaction was streamed before it was known what of it
-//! would be rolled back. Chunks are counted over all captures.
+//! The index counts all images of the transaction, of captured tables or not, in the order they were sent; an update
+//! takes two, whether or not the first is needed. It is then the same in every run, whatever is captured. Chunks are
+//! counted over all captures.
 
 use shori_core::position::{Position, SortKey};
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::message::WalLocation;
 
-const END_OF_COMMIT: u8 = 1;
+const IMAGE: u8 = 0;
+const BOUNDARY: u8 = 1;
 const SNAPSHOT: u8 = 2;
 const END_OF_CHUNK: u32 = u32::MAX;
 const INDEX_BITS: u32 = 56;
@@ -34,41 +35,44 @@ pub fn of_image(commit_lsn: WalLocation, index: u64) -> Result<Position> {
     Ok(Position::new(SortKey::from_u64(commit_lsn), SortKey::from_u64(index)))
 }
 
-/// The boundary after the transaction committed at `commit_lsn`: above all its images.
-pub fn of_commit_end(commit_lsn: WalLocation) -> Result<Position> {
-    Ok(Position::new(SortKey::from_u64(commit_lsn), SortKey::from_slice(&[END_OF_COMMIT])?))
-}
-
 /// The boundary where the log is read up to `wal_end`: above all commits that end at or before it, below the others.
-/// The next commit record may begin right there.
-pub fn of_wal_end(wal_end: WalLocation) -> Position {
-    Position::new(SortKey::from_u64(wal_end), SortKey::EMPTY)
+pub fn of_boundary(wal_end: WalLocation) -> Result<Position> {
+    Ok(Position::new(SortKey::from_u64(wal_end.saturating_sub(1)), SortKey::from_slice(&[BOUNDARY])?))
 }
 
-/// Where row `row` of snapshot chunk `chunk` stands: above the commit at `lsn`, which its snapshot must show, with none
-/// above. `lsn` must not be a `wal_end`: a commit that begins right there would stand below the chunk that lacks it.
-pub fn of_chunk_row(lsn: WalLocation, chunk: u32, row: u32) -> Result<Position> {
+/// Where row `row` of snapshot chunk `chunk` stands: above the boundary at `wal_end`. Its snapshot must show all commits
+/// that end at or before that.
+pub fn of_chunk_row(wal_end: WalLocation, chunk: u32, row: u32) -> Result<Position> {
     let mut seq = [SNAPSHOT; 9];
     seq[1..5].copy_from_slice(&chunk.to_be_bytes());
     seq[5..9].copy_from_slice(&row.to_be_bytes());
-    Ok(Position::new(SortKey::from_u64(lsn), SortKey::from_slice(&seq)?))
+    Ok(Position::new(SortKey::from_u64(wal_end.saturating_sub(1)), SortKey::from_slice(&seq)?))
 }
 
 /// Above every row of the chunk.
-pub fn of_chunk_end(lsn: WalLocation, chunk: u32) -> Result<Position> {
-    of_chunk_row(lsn, chunk, END_OF_CHUNK)
+pub fn of_chunk_end(wal_end: WalLocation, chunk: u32) -> Result<Position> {
+    of_chunk_row(wal_end, chunk, END_OF_CHUNK)
 }
 
-/// The place in the write-ahead log; 0 before the first.
-pub fn lsn_of(position: &Position) -> Result<WalLocation> {
-    position.lsn.to_u64().ok_or_else(|| {
+/// Where reading goes on so that nothing above `position` is missed: no commit that begins before it is needed.
+pub fn read_on_at(position: &Position) -> Result<WalLocation> {
+    let lsn = position.lsn.to_u64().ok_or_else(|| {
         Error::new(ErrorKind::Corrupt, "decode", format!("position {position}"), "it is not of a PostgreSQL source")
+    })?;
+    Ok(match position.seq.as_slice().first() {
+        None | Some(&IMAGE) => lsn,
+        Some(_) => lsn.saturating_add(1),
     })
 }
 
-/// The first chunk number that is free at `lsn` above `position`.
-pub fn next_chunk(lsn: WalLocation, position: &Position) -> u32 {
-    if position.lsn != SortKey::from_u64(lsn) {
+/// Whether `position` stands between two commits.
+pub fn is_between_commits(position: &Position) -> bool {
+    position.seq.as_slice().first() != Some(&IMAGE)
+}
+
+/// The first chunk number that is free at the boundary at `wal_end` above `position`.
+pub fn next_chunk(wal_end: WalLocation, position: &Position) -> u32 {
+    if position.lsn != SortKey::from_u64(wal_end.saturating_sub(1)) {
         return 0;
     }
     match position.seq.as_slice() {
@@ -83,34 +87,36 @@ mod tests {
 
     #[test]
     fn positions_sort_as_they_are_emitted_and_come_back() {
+        // A commit from 16 to 64, and one right after it.
         let order = [
             Position::ZERO,
-            of_wal_end(0),
-            of_image(0, 0).unwrap(),
-            of_wal_end(7),
-            of_image(7, 0).unwrap(),
-            of_image(7, 1).unwrap(),
-            of_image(7, 256).unwrap(),
-            of_image(7, (1 << INDEX_BITS) - 1).unwrap(),
-            of_commit_end(7).unwrap(),
-            of_chunk_row(7, 0, 0).unwrap(),
-            of_chunk_row(7, 0, 1).unwrap(),
-            of_chunk_end(7, 0).unwrap(),
-            of_chunk_row(7, 1, 0).unwrap(),
-            of_chunk_row(7, 256, 0).unwrap(),
-            of_wal_end(8),
-            of_image(8, 0).unwrap(),
+            of_boundary(8).unwrap(),
+            of_chunk_row(8, 0, 0).unwrap(),
+            of_image(16, 0).unwrap(),
+            of_image(16, 1).unwrap(),
+            of_image(16, 256).unwrap(),
+            of_image(16, (1 << INDEX_BITS) - 1).unwrap(),
+            of_boundary(64).unwrap(),
+            of_chunk_row(64, 0, 0).unwrap(),
+            of_chunk_row(64, 0, 1).unwrap(),
+            of_chunk_end(64, 0).unwrap(),
+            of_chunk_row(64, 1, 0).unwrap(),
+            of_chunk_row(64, 256, 0).unwrap(),
+            of_image(64, 0).unwrap(),
+            of_boundary(72).unwrap(),
             of_chunk_end(u64::MAX, u32::MAX).unwrap(),
             Position::new(SortKey::MAX, SortKey::MAX),
         ];
         assert!(order.windows(2).all(|pair| pair[0] < pair[1]));
-        assert!(order[3..14].iter().all(|position| lsn_of(position).unwrap() == 7));
-        assert_eq!(lsn_of(&Position::ZERO).unwrap(), 0);
-        assert_eq!(lsn_of(&of_commit_end(u64::MAX).unwrap()).unwrap(), u64::MAX);
-        assert_eq!(next_chunk(7, &order[8]), 0);
-        assert_eq!(next_chunk(7, &order[11]), 1);
-        assert_eq!(next_chunk(8, &order[11]), 0);
-        assert_eq!(next_chunk(u64::MAX, &order[16]), u32::MAX);
+        let read_on: Vec<_> = order[..15].iter().map(|position| read_on_at(position).unwrap()).collect();
+        assert_eq!(read_on, [0, 8, 8, 16, 16, 16, 16, 64, 64, 64, 64, 64, 64, 64, 72]);
+        let between: Vec<_> = order[1..15].iter().map(is_between_commits).collect();
+        assert_eq!(between.iter().filter(|between| !**between).count(), 5);
+        assert!(is_between_commits(&Position::ZERO));
+        assert_eq!(next_chunk(64, &order[7]), 0);
+        assert_eq!(next_chunk(64, &order[10]), 1);
+        assert_eq!(next_chunk(72, &order[10]), 0);
+        assert_eq!(next_chunk(u64::MAX, &order[15]), u32::MAX);
     }
 
     #[test]
@@ -124,16 +130,15 @@ mod tests {
 
     #[test]
     fn the_layout_is_the_permanent_one() {
-        assert_eq!(of_wal_end(258).to_string(), "0000000000000102");
+        assert_eq!(of_boundary(258).unwrap().to_string(), "0000000000000101.01");
         assert_eq!(of_image(258, 3).unwrap().to_string(), "0000000000000102.0000000000000003");
-        assert_eq!(of_commit_end(258).unwrap().to_string(), "0000000000000102.01");
-        assert_eq!(of_chunk_row(258, 3, 4).unwrap().to_string(), "0000000000000102.020000000300000004");
-        assert_eq!(of_chunk_end(258, 3).unwrap().to_string(), "0000000000000102.0200000003ffffffff");
+        assert_eq!(of_chunk_row(258, 3, 4).unwrap().to_string(), "0000000000000101.020000000300000004");
+        assert_eq!(of_chunk_end(258, 3).unwrap().to_string(), "0000000000000101.0200000003ffffffff");
     }
 
     #[test]
     fn a_position_of_another_source_is_refused() {
         let foreign = Position::from_slices(&[1, 2, 3], &[]).unwrap();
-        assert_eq!(lsn_of(&foreign).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(read_on_at(&foreign).unwrap_err().kind(), ErrorKind::Corrupt);
     }
 }

@@ -1,4 +1,4 @@
-//! Decoding, from outside: what PostgreSQL writes, and what it never would.
+//! Decoding, from outside: what PostgreSQL writes, and what it never would; and reading real servers.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -6,5 +6,8 @@ mod bytes;
 mod columns;
 mod decimals;
 mod extremes;
+mod harness;
 mod messages;
 mod recorded;
+mod server;
+mod source_contract;

@@ -1,0 +1,496 @@
+//! Reading a table whole, a chunk at a time, while the stream goes on.
+//!
+//! # How it works
+//!
+//! Each chunk is read under a snapshot of its own, and stands above what the stream has brought by then. That is right if
+//! the snapshot shows every transaction read so far: if it does not yet (a commit is sent before it is visible), the
+//! chunk is tried again. The snapshot may show commits that are still to come in the stream: they come again, as the
+//! newer images that they are, and no boundary is told before all of them have come. So at each boundary the log
+//! holds every change up to it and none above (contract 3).
+//!
+//! A table is read in the order of its blocks, from the bookmark on, up to where it ended when the snapshot began: what
+//! moves or comes meanwhile comes with the stream. Each partition is read so, by its object id. A table that was
+//! rewritten (`vacuum full`) is begun anew.
+
+use bytes::Bytes;
+use futures::StreamExt;
+use shori_core::change::{ChangeBatch, Op};
+use shori_core::position::Micros;
+use shori_core::source::{BatchLimit, Rejected, SnapshotProgress, SnapshotState};
+use shori_core::{Error, ErrorKind, Result};
+use tokio_postgres::binary_copy::{BinaryCopyOutRow, BinaryCopyOutStream};
+use tokio_postgres::types::{FromSql, PgLsn, Type};
+use tokio_postgres::{Client, Transaction};
+
+use crate::batch::BatchBuilder;
+use crate::catalog::Layout;
+use crate::connect::{quoted, sql_error};
+use crate::message::{Value, WalLocation};
+use crate::positions;
+use crate::stream::Capture;
+
+/// Rows and bytes that a block is taken to hold before it is known.
+const ROWS_PER_BLOCK: f64 = 100.0;
+const BYTES_PER_BLOCK: f64 = 16_384.0;
+/// Blocks read by one statement.
+const BLOCKS_MAX: f64 = 65_536.0;
+
+/// Which transactions a snapshot shows (`pg_current_snapshot`).
+#[derive(Clone, Debug)]
+pub(crate) struct Visibility {
+    /// The first id that was not given yet.
+    next: u64,
+    /// Ids below that are not shown.
+    pub running: Vec<u64>,
+}
+
+impl Visibility {
+    /// As the server prints it: `xmin:xmax:xip,…`.
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':').skip(1);
+        let next = parts.next()?.parse().ok()?;
+        let running = parts.next()?.split(',').filter(|id| !id.is_empty());
+        Some(Self { next, running: running.map(str::parse).collect::<Result<_, _>>().ok()? })
+    }
+
+    /// Whether a transaction that has ended is shown; the stream knows the lower half of its id.
+    pub fn shows(&self, xid: u32) -> bool {
+        let near = (self.next & !u64::from(u32::MAX)) | u64::from(xid);
+        let half = 1 << 31;
+        let id = if near > self.next.saturating_add(half) {
+            near.saturating_sub(1 << 32)
+        } else if near.saturating_add(half) < self.next {
+            near + (1 << 32)
+        } else {
+            near
+        };
+        id < self.next && !self.running.contains(&id)
+    }
+}
+
+/// What a session sees, and when.
+pub(crate) struct Sight {
+    pub visibility: Visibility,
+    /// Above every commit that is shown.
+    pub wal_end: WalLocation,
+    pub time: Micros,
+}
+
+impl Sight {
+    /// The first statement of a transaction of isolation level repeatable read: its snapshot is taken here.
+    pub async fn of(client: &impl tokio_postgres::GenericClient) -> Result<Self> {
+        let query = "
+            select
+                pg_catalog.pg_current_snapshot()::text,
+                pg_catalog.pg_current_wal_insert_lsn(),
+                (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8";
+        let row =
+            client.query_one(query, &[]).await.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?;
+        let text: String = row.get(0);
+        let visibility = Visibility::parse(&text)
+            .ok_or_else(|| Error::new(ErrorKind::Data, "read", "the server's snapshot", format!("{text:?} is none")))?;
+        Ok(Self { visibility, wal_end: u64::from(row.get::<_, PgLsn>(1)), time: row.get(2) })
+    }
+}
+
+pub(crate) async fn begin(client: &mut Client) -> Result<Transaction<'_>> {
+    let building =
+        client.build_transaction().read_only(true).isolation_level(tokio_postgres::IsolationLevel::RepeatableRead);
+    building.start().await.map_err(|cause| sql_error("begin", "a snapshot", cause))
+}
+
+/// Rows of one capture, read under one snapshot.
+pub(crate) struct Chunk {
+    pub rows: Option<ChangeBatch>,
+    pub rejected: Vec<Rejected>,
+    /// As it is once the chunk is in the log.
+    pub progress: SnapshotProgress,
+}
+
+/// Where and when a chunk is read.
+pub(crate) struct Place<'a> {
+    /// How far the stream has been read.
+    pub read_to: WalLocation,
+    /// The chunk's number there.
+    pub chunk: u32,
+    /// What stands before it.
+    pub before: shori_core::position::Position,
+    pub time: Micros,
+    /// Rows that the publication leaves out are left out.
+    pub filter: Option<&'a str>,
+}
+
+/// Reads the next rows of a table within the limit.
+pub(crate) async fn read_chunk(
+    transaction: &Transaction<'_>,
+    capture: &Capture,
+    place: &Place<'_>,
+    limit: BatchLimit,
+) -> Result<Chunk> {
+    let layout = &*capture.layout;
+    let mut progress = capture.progress.clone();
+    if progress.state == SnapshotState::Requested {
+        progress.state = SnapshotState::Running;
+        progress.start = place.before;
+    }
+    let mut reader = Reader {
+        transaction,
+        capture,
+        place,
+        limit,
+        builder: BatchBuilder::new(capture.id.clone(), layout)?,
+        rejected: Vec::new(),
+        rows: 0,
+    };
+    let mut bookmark = Bookmark::decode(&progress.resume)?.filter(|bookmark| bookmark.table == layout.oid);
+    let ended = loop {
+        let Some(part) = reader.part_after(bookmark).await? else { break true };
+        let at = reader.read(part).await?;
+        bookmark = Some(at);
+        if reader.is_full() {
+            break false;
+        }
+    };
+    let end = positions::of_chunk_end(place.read_to, place.chunk)?;
+    progress.resume = bookmark.unwrap_or(Bookmark::nowhere(layout.oid)).encode();
+    progress.rows += reader.builder.len() as u64;
+    if ended {
+        progress.state = SnapshotState::Done;
+        progress.end = end;
+        progress.end_time = place.time;
+    }
+    let Reader { builder, rejected, .. } = reader;
+    Ok(Chunk { rows: builder.finish()?, rejected, progress })
+}
+
+struct Reader<'a> {
+    transaction: &'a Transaction<'a>,
+    capture: &'a Capture,
+    place: &'a Place<'a>,
+    limit: BatchLimit,
+    builder: BatchBuilder,
+    rejected: Vec<Rejected>,
+    rows: u32,
+}
+
+/// A table or partition with storage of its own, and where to read on in it.
+struct Part {
+    bookmark: Bookmark,
+    blocks_at_once: u32,
+}
+
+impl Reader<'_> {
+    fn fail(&self, cause: tokio_postgres::Error) -> Error {
+        sql_error("read a snapshot of", &format!("table {}", self.capture.table.name), cause)
+    }
+
+    fn is_full(&self) -> bool {
+        self.rows as usize >= self.limit.rows || self.builder.bytes() >= self.limit.bytes
+    }
+
+    /// Where to go on; `None` at the end of the last part.
+    async fn part_after(&self, bookmark: Option<Bookmark>) -> Result<Option<Part>> {
+        let query = "
+            with parts as (
+                select relid::oid as part from pg_catalog.pg_partition_tree($1::oid::regclass) where isleaf
+                union
+                select oid from pg_catalog.pg_class where oid = $1 and relkind = 'r'
+            )
+            select
+                part,
+                coalesce(pg_catalog.pg_relation_filenode(part), 0::oid),
+                coalesce(pg_catalog.pg_relation_size(part), 0) / pg_catalog.current_setting('block_size')::int8,
+                reltuples::float8,
+                relpages::float8,
+                coalesce(pg_catalog.pg_table_size(part), 0)::float8
+            from parts
+            join pg_catalog.pg_class on pg_class.oid = part
+            where part >= $2 and relkind = 'r'
+            order by part";
+        let table = self.capture.layout.oid;
+        let from = bookmark.map_or(0, |bookmark| bookmark.part);
+        let rows = self.transaction.query(query, &[&table, &from]).await.map_err(|cause| self.fail(cause))?;
+        for row in &rows {
+            let (part, file): (u32, u32) = (row.get(0), row.get(1));
+            let blocks = u32::try_from(row.get::<_, i64>(2)).unwrap_or(u32::MAX);
+            let here = match bookmark {
+                Some(known) if known.part == part && known.file == file => known,
+                _ => Bookmark { table, part, file, blocks, block: 0, row: 0 },
+            };
+            if here.block >= here.blocks {
+                continue;
+            }
+            let (tuples, pages, bytes): (f64, f64, f64) = (row.get(3), row.get(4), row.get(5));
+            let per_block = if tuples > 0.0 && pages > 0.0 { (tuples / pages).max(1.0) } else { ROWS_PER_BLOCK };
+            let block_bytes = if blocks > 0 { (bytes / f64::from(blocks)).max(1.0) } else { BYTES_PER_BLOCK };
+            let by_rows = self.limit.rows as f64 / per_block;
+            let by_bytes = self.limit.bytes as f64 / block_bytes;
+            let blocks_at_once = by_rows.min(by_bytes).clamp(1.0, BLOCKS_MAX) as u32;
+            return Ok(Some(Part { bookmark: here, blocks_at_once }));
+        }
+        Ok(None)
+    }
+
+    /// Reads some blocks of a part, as far as the limit allows.
+    async fn read(&mut self, part: Part) -> Result<Bookmark> {
+        let Part { bookmark: from, blocks_at_once } = part;
+        let end = from.block.saturating_add(blocks_at_once).min(from.blocks);
+        let query = self.query(&from, end).await?;
+        let layout = self.capture.layout.clone();
+        let stream = self.transaction.copy_out(&query).await.map_err(|cause| self.fail(cause))?;
+        // What a value is, the layout knows: here it is bytes.
+        let types = vec![Type::BYTEA; layout.columns.len() + 1];
+        let mut stream = std::pin::pin!(BinaryCopyOutStream::new(stream, &types));
+        while let Some(row) = stream.next().await {
+            let row = row.map_err(|cause| self.fail(cause))?;
+            let (block, offset) = place_of(&row).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Data,
+                    "decode",
+                    format!("a row of table {}", self.capture.table.name),
+                    "it has no place",
+                )
+            })?;
+            self.push(&layout, &row)?;
+            if self.is_full() {
+                return Ok(Bookmark { block, row: offset.saturating_add(1), ..from });
+            }
+        }
+        Ok(Bookmark { block: end, row: 0, ..from })
+    }
+
+    async fn query(&self, from: &Bookmark, end: u32) -> Result<String> {
+        let name = "select n.nspname::text, c.relname::text from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = $1";
+        let row = self.transaction.query_one(name, &[&from.part]).await.map_err(|cause| self.fail(cause))?;
+        let (schema, table): (String, String) = (row.get(0), row.get(1));
+        let filter = self.place.filter.map(|filter| format!(" and ({filter})")).unwrap_or_default();
+        Ok(format!(
+            "copy (
+                select ctid, {}
+                from only {}.{}
+                where ctid >= '({},{})'::tid and ctid < '({end},0)'::tid{filter}
+            ) to stdout (format binary)",
+            selected(&self.capture.layout),
+            quoted(&schema),
+            quoted(&table),
+            from.block,
+            from.row,
+        ))
+    }
+
+    fn push(&mut self, layout: &Layout, row: &BinaryCopyOutRow) -> Result<()> {
+        let position = positions::of_chunk_row(self.place.read_to, self.place.chunk, self.rows)?;
+        self.rows += 1;
+        let mut raw = Vec::new();
+        let mut values = Vec::with_capacity(layout.columns.len());
+        for index in 0..layout.columns.len() {
+            let value = row.try_get::<Option<Raw<'_>>>(index + 1).map_err(|cause| self.fail(cause))?;
+            values.push(value_of(layout, index, value));
+        }
+        if let Err(reason) = self.builder.push(values.iter().copied(), &position, Op::Snapshot, self.place.time) {
+            for value in &values {
+                if let Value::Text(bytes) | Value::Binary(bytes) = value {
+                    raw.extend_from_slice(bytes);
+                }
+                raw.push(b'\n');
+            }
+            self.rejected.push(Rejected { capture: self.capture.id.clone(), position, reason, raw });
+        }
+        Ok(())
+    }
+}
+
+/// Columns of a table for a query, each as it is decoded.
+pub(crate) fn selected(layout: &Layout) -> String {
+    let column = |column: &crate::catalog::Column| {
+        let name = quoted(&column.name);
+        // What the type's output function prints: a cast to text may print something else.
+        if column.needs_text() {
+            format!("case when {name} is not null then pg_catalog.format('%s', {name}) end")
+        } else {
+            name
+        }
+    };
+    layout.columns.iter().map(column).collect::<Vec<_>>().join(", ")
+}
+
+/// A selected column's value.
+pub(crate) fn value_of<'a>(layout: &Layout, index: usize, raw: Option<Raw<'a>>) -> Value<'a> {
+    match raw {
+        None => Value::Null,
+        Some(Raw(bytes)) if layout.columns[index].needs_text() => Value::Text(bytes),
+        Some(Raw(bytes)) => Value::Binary(bytes),
+    }
+}
+
+/// Where a row lies: block and line, the binary format of `tid`.
+fn place_of(row: &BinaryCopyOutRow) -> Option<(u32, u16)> {
+    let Raw(bytes) = row.try_get::<Raw<'_>>(0).ok()?;
+    let (block, line) = bytes.split_first_chunk::<4>()?;
+    Some((u32::from_be_bytes(*block), u16::from_be_bytes(line.try_into().ok()?)))
+}
+
+/// Bytes of a value, of whatever type.
+pub(crate) struct Raw<'a>(pub &'a [u8]);
+
+impl<'a> FromSql<'a> for Raw<'a> {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        Ok(Raw(raw))
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+}
+
+/// Where a snapshot goes on. Its encoding is permanent: logs keep it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Bookmark {
+    /// The captured table, so that another of its name is told apart.
+    pub table: u32,
+    /// It, or the partition that is being read.
+    part: u32,
+    /// The file that holds the part: another one after it was rewritten.
+    file: u32,
+    /// How many blocks it had when it was begun.
+    blocks: u32,
+    block: u32,
+    row: u16,
+}
+
+const BOOKMARK_VERSION: u8 = 1;
+const BOOKMARK_BYTES: usize = 23;
+
+impl Bookmark {
+    fn nowhere(table: u32) -> Self {
+        Self { table, part: 0, file: 0, blocks: 0, block: 0, row: 0 }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![BOOKMARK_VERSION];
+        for number in [self.table, self.part, self.file, self.blocks, self.block] {
+            bytes.extend_from_slice(&number.to_be_bytes());
+        }
+        bytes.extend_from_slice(&self.row.to_be_bytes());
+        bytes
+    }
+
+    /// Nothing before the first chunk.
+    pub fn decode(bytes: &[u8]) -> Result<Option<Self>> {
+        let number = |index: usize| {
+            bytes.get(1 + 4 * index..5 + 4 * index).and_then(|part| part.try_into().ok()).map(u32::from_be_bytes)
+        };
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let decoded = || {
+            let row = bytes.get(21..23)?.try_into().ok().map(u16::from_be_bytes)?;
+            let (table, part, file) = (number(0)?, number(1)?, number(2)?);
+            Some(Self { table, part, file, blocks: number(3)?, block: number(4)?, row })
+        };
+        match decoded() {
+            Some(bookmark) if bytes.len() == BOOKMARK_BYTES && bytes[0] == BOOKMARK_VERSION => Ok(Some(bookmark)),
+            _ => Err(Error::new(ErrorKind::Corrupt, "decode", "where a snapshot goes on", "it is of no known layout")),
+        }
+    }
+}
+
+/// Reads columns that the stream did not send, of the row with this key; `None` when it is gone.
+pub(crate) async fn read_row(
+    transaction: &Transaction<'_>,
+    capture: &Capture,
+    key: &[Value<'_>],
+) -> Result<Option<Vec<Option<Bytes>>>> {
+    let layout = &capture.layout;
+    let conditions: Vec<String> = (layout.schema.key.iter().enumerate())
+        .map(|(place, index)| format!("{} = ${}", quoted(&layout.columns[*index].name), place + 1))
+        .collect();
+    let query = format!(
+        "select {} from {}.{} where {}",
+        selected(layout),
+        quoted(&capture.schema_name),
+        quoted(&capture.table.name),
+        conditions.join(" and ")
+    );
+    let fail = |cause| sql_error("read a row of", &format!("table {}", capture.table.name), cause);
+    let statement = transaction.prepare(&query).await.map_err(fail)?;
+    let parameters: Vec<Parameter<'_>> = key.iter().map(|value| Parameter(*value)).collect();
+    let parameters: Vec<&(dyn tokio_postgres::types::ToSql + Sync)> =
+        parameters.iter().map(|parameter| parameter as &(dyn tokio_postgres::types::ToSql + Sync)).collect();
+    let row = transaction.query_opt(&statement, &parameters).await.map_err(fail)?;
+    let Some(row) = row else { return Ok(None) };
+    let value = |index: usize| {
+        let raw = row.try_get::<_, Option<Raw<'_>>>(index).map_err(fail)?;
+        Ok(raw.map(|Raw(bytes)| Bytes::copy_from_slice(bytes)))
+    };
+    (0..layout.columns.len()).map(value).collect::<Result<_>>().map(Some)
+}
+
+/// A value sent back as it came.
+#[derive(Debug)]
+struct Parameter<'a>(Value<'a>);
+
+impl tokio_postgres::types::ToSql for Parameter<'_> {
+    fn to_sql(
+        &self,
+        _: &Type,
+        out: &mut bytes::BytesMut,
+    ) -> Result<tokio_postgres::types::IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        match self.0 {
+            Value::Text(bytes) | Value::Binary(bytes) => {
+                out.extend_from_slice(bytes);
+                Ok(tokio_postgres::types::IsNull::No)
+            }
+            Value::Null | Value::Unchanged => Ok(tokio_postgres::types::IsNull::Yes),
+        }
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn encode_format(&self, _: &Type) -> tokio_postgres::types::Format {
+        match self.0 {
+            Value::Text(_) => tokio_postgres::types::Format::Text,
+            _ => tokio_postgres::types::Format::Binary,
+        }
+    }
+
+    tokio_postgres::types::to_sql_checked!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_shows_what_had_ended() {
+        let sight = Visibility::parse("100:110:100,105").unwrap();
+        for (xid, shown) in
+            [(99, true), (100, false), (101, true), (105, false), (109, true), (110, false), (u32::MAX, true)]
+        {
+            assert_eq!(sight.shows(xid), shown, "{xid}");
+        }
+        let wrapped = Visibility::parse(&format!("{0}:{1}:{0}", (7_u64 << 32) - 2, (7_u64 << 32) + 3)).unwrap();
+        for (xid, shown) in
+            [(u32::MAX - 2, true), (u32::MAX - 1, false), (u32::MAX, true), (0, true), (2, true), (3, false)]
+        {
+            assert_eq!(wrapped.shows(xid), shown, "{xid}");
+        }
+        assert!(Visibility::parse("10:10:").unwrap().running.is_empty());
+        assert!(["", "1", "1:2", "1:x:", "1:2:x"].into_iter().all(|text| Visibility::parse(text).is_none()));
+    }
+
+    #[test]
+    fn the_bookmark_is_the_permanent_one() {
+        let bookmark = Bookmark { table: 1, part: 2, file: 3, blocks: 4, block: 5, row: 6 };
+        let bytes = bookmark.encode();
+        let shown: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(shown, "0100000001000000020000000300000004000000050006");
+        assert_eq!(Bookmark::decode(&bytes).unwrap(), Some(bookmark));
+        assert_eq!(Bookmark::decode(&[]).unwrap(), None);
+        for damaged in [&bytes[..22], &[bytes.as_slice(), &[0]].concat(), &[2; 23]] {
+            assert_eq!(Bookmark::decode(damaged).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! From messages to row images: what is sent of transactions, placed and gathered into batches.
+//!
+//! # How it works
+//!
+//! Transactions come whole, in the order of their commits. Each image stands at its commit and its index there; after
+//! the commit the watermark moves to where its record ends, and there is a boundary. Where nothing is committed, the
+//! server tells how far it has read.
+//!
+//! A boundary is held back while a snapshot, or a value read apart, shows commits that are still to come: see
+//! `snapshot`.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use shori_core::change::{ChangeBatch, Op};
+use shori_core::position::{CaptureId, Micros, Position, Watermark};
+use shori_core::source::{CaptureInfo, Rejected, SnapshotProgress, SnapshotState};
+use shori_core::{Error, ErrorKind, Result};
+
+use crate::PostgresTable;
+use crate::batch::BatchBuilder;
+use crate::catalog::Layout;
+use crate::message::{Message, OldTuple, Relation, Tuple, Value, WalLocation};
+use crate::positions;
+
+/// A captured table.
+pub(crate) struct Capture {
+    pub id: CaptureId,
+    pub table: PostgresTable,
+    /// The database schema it is in.
+    pub schema_name: Arc<str>,
+    pub layout: Arc<Layout>,
+    pub progress: SnapshotProgress,
+    pub failed: bool,
+}
+
+impl Capture {
+    /// Nothing of it has been read yet, and what comes before its first chunk is in that.
+    fn is_untouched(&self) -> bool {
+        self.progress.generation == 1 && self.progress.state == SnapshotState::Requested
+    }
+
+    fn is_named(&self, relation: &Relation<'_>) -> bool {
+        relation.namespace == &*self.schema_name && relation.name == self.table.name
+    }
+
+    pub fn needs_snapshot(&self) -> bool {
+        !self.failed && !self.progress.is_done()
+    }
+}
+
+struct Transaction {
+    commit_lsn: WalLocation,
+    commit_time: Micros,
+    xid: u32,
+    images: u64,
+}
+
+/// Where reading stands.
+pub(crate) struct Cursor {
+    pub captures: Vec<Capture>,
+    pub watermark: Watermark,
+    /// Where the log has been read up to; between commits, what `watermark.staged` stands at or above.
+    pub read_to: WalLocation,
+    /// The boundary does not move before the log has been read up to here.
+    pub held_until: WalLocation,
+    /// Time of what the held boundary will show.
+    pub held_time: Micros,
+    /// Transactions read of which it is not known yet that every new snapshot shows them.
+    pub unsettled: Vec<u32>,
+    transaction: Option<Transaction>,
+    /// The capture of each relation named so far; `None` for one that is not captured.
+    relations: HashMap<u32, Option<usize>>,
+}
+
+/// What a message asks of the caller.
+pub(crate) enum Next {
+    GoOn,
+    /// A table is sent in another shape from here on: the caller follows it.
+    Reshaped(Reshaped),
+    /// The image of a row lacks columns that nothing else will bring: the caller reads them and comes again.
+    Incomplete {
+        capture: usize,
+    },
+    /// The table is no longer the one that was captured.
+    Lost {
+        capture: usize,
+        cause: String,
+    },
+}
+
+/// A table as it is sent from here on.
+pub(crate) struct Reshaped {
+    pub capture: usize,
+    pub columns: Vec<(String, u32, i32)>,
+}
+
+/// What has been read for the next batch.
+#[derive(Default)]
+pub(crate) struct Gathered {
+    builders: Vec<Option<BatchBuilder>>,
+    pub finished: Vec<ChangeBatch>,
+    pub schemas: Vec<CaptureInfo>,
+    pub rejected: Vec<Rejected>,
+    pub failed: Vec<(CaptureId, Error)>,
+    pub snapshots: Vec<(CaptureId, SnapshotProgress)>,
+    rejected_bytes: usize,
+}
+
+impl Gathered {
+    pub fn rows(&self) -> usize {
+        let finished: usize = self.finished.iter().map(ChangeBatch::len).sum();
+        finished + self.builders.iter().flatten().map(BatchBuilder::len).sum::<usize>() + self.rejected.len()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.rejected_bytes + self.builders.iter().flatten().map(BatchBuilder::bytes).sum::<usize>()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows() == 0
+    }
+
+    /// Ends what was gathered of a capture: what follows has another shape.
+    pub fn cut(&mut self, capture: usize) -> Result<()> {
+        if let Some(builder) = self.builders.get_mut(capture).and_then(Option::take) {
+            self.finished.extend(builder.finish()?);
+        }
+        Ok(())
+    }
+
+    pub fn finish(mut self) -> Result<Self> {
+        for builder in std::mem::take(&mut self.builders).into_iter().flatten() {
+            self.finished.extend(builder.finish()?);
+        }
+        Ok(self)
+    }
+
+    fn builder(&mut self, index: usize, capture: &Capture) -> Result<&mut BatchBuilder> {
+        if self.builders.len() <= index {
+            self.builders.resize_with(index + 1, || None);
+        }
+        match &mut self.builders[index] {
+            Some(builder) => Ok(builder),
+            empty => Ok(empty.insert(BatchBuilder::new(capture.id.clone(), &capture.layout)?)),
+        }
+    }
+
+    fn reject(&mut self, capture: &Capture, position: Position, reason: String, raw: &[u8]) {
+        self.rejected_bytes += raw.len();
+        self.rejected.push(Rejected { capture: capture.id.clone(), position, reason, raw: raw.to_vec() });
+    }
+}
+
+impl Cursor {
+    pub fn new(captures: Vec<Capture>, watermark: Watermark, read_to: WalLocation) -> Self {
+        Self {
+            captures,
+            watermark,
+            read_to,
+            held_until: 0,
+            held_time: 0,
+            unsettled: Vec::new(),
+            transaction: None,
+            relations: HashMap::new(),
+        }
+    }
+
+    pub fn is_between_commits(&self) -> bool {
+        self.transaction.is_none()
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.read_to < self.held_until
+    }
+
+    /// The server has read up to `wal_end`, and has sent all that ends there or before.
+    pub fn read_to(&mut self, wal_end: WalLocation) -> Result<()> {
+        if self.transaction.is_some() || wal_end <= self.read_to {
+            return Ok(());
+        }
+        self.read_to = wal_end;
+        self.move_to(positions::of_boundary(wal_end)?, 0);
+        Ok(())
+    }
+
+    /// Everything at or below `position` is read, and there is a boundary.
+    pub fn move_to(&mut self, position: Position, time: Micros) {
+        self.watermark.staged = self.watermark.staged.max(position);
+        self.held_time = self.held_time.max(time);
+        if !self.is_held() {
+            self.watermark.boundary = self.watermark.staged;
+            self.watermark.boundary_time = self.watermark.boundary_time.max(self.held_time);
+        }
+    }
+
+    /// Nothing above `held_until` may be visible before the log has been read up to there.
+    pub fn hold_until(&mut self, held_until: WalLocation) {
+        self.held_until = self.held_until.max(held_until);
+    }
+
+    /// Takes one message. `whole` stands for the columns that the image lacks, if they were read.
+    pub fn take(
+        &mut self,
+        message: &Message<'_>,
+        raw: &Bytes,
+        whole: Option<&[Value<'_>]>,
+        into: &mut Gathered,
+    ) -> Result<Next> {
+        match message {
+            Message::Begin { final_lsn, commit_time, xid } => {
+                let (commit_lsn, commit_time, xid) = (*final_lsn, *commit_time, *xid);
+                self.transaction = Some(Transaction { commit_lsn, commit_time, xid, images: 0 });
+            }
+            Message::Commit { end_lsn, .. } => self.commit(*end_lsn)?,
+            Message::Relation(relation) => return Ok(self.relation(relation)),
+            Message::Insert { relation, new, .. } => {
+                let row = RowImage { relation: *relation, op: Op::Insert, tuple: *new, old: None };
+                return self.image(row, raw, None, into);
+            }
+            Message::Update { relation, old, new, .. } => return self.update(*relation, old, new, raw, whole, into),
+            Message::Delete { relation, old, .. } => {
+                let Some(tuple) = old.tuple() else { return Ok(Next::GoOn) };
+                let row = RowImage { relation: *relation, op: Op::Delete, tuple, old: None };
+                return self.image(row, raw, None, into);
+            }
+            Message::Truncate { relations, .. } => self.truncate(relations, into)?,
+            Message::Origin { .. } | Message::Type { .. } | Message::Logical { .. } => {}
+            Message::StreamStart { .. }
+            | Message::StreamStop
+            | Message::StreamCommit { .. }
+            | Message::StreamAbort { .. } => {
+                let cause = "a transaction comes in parts, which was not asked for";
+                return Err(Error::new(ErrorKind::Internal, "read", "the replication stream", cause));
+            }
+        }
+        Ok(Next::GoOn)
+    }
+
+    fn commit(&mut self, end_lsn: WalLocation) -> Result<()> {
+        let Some(transaction) = self.transaction.take() else { return Err(out_of_place("a commit")) };
+        self.unsettled.push(transaction.xid);
+        // One that ends at or before where reading began was read before: its images were dropped.
+        if end_lsn > self.read_to {
+            self.read_to = end_lsn;
+            let time = if transaction.images > 0 { transaction.commit_time } else { 0 };
+            self.move_to(positions::of_boundary(end_lsn)?, time);
+        }
+        Ok(())
+    }
+
+    fn relation(&mut self, relation: &Relation<'_>) -> Next {
+        let is_it = |capture: &&Capture| capture.layout.oid == relation.oid || capture.is_named(relation);
+        let found = self.captures.iter().position(|capture| is_it(&capture));
+        self.relations.insert(relation.oid, found);
+        let Some(index) = found else { return Next::GoOn };
+        let capture = &self.captures[index];
+        if !capture.is_named(relation) {
+            let cause = format!("it is named {}.{} now", relation.namespace, relation.name);
+            return Next::Lost { capture: index, cause };
+        }
+        if capture.layout.oid != relation.oid {
+            return Next::Lost { capture: index, cause: "it was dropped and created again".into() };
+        }
+        let sent = relation.columns.iter().map(|column| (column.name, column.type_oid, column.type_modifier));
+        let known =
+            capture.layout.columns.iter().map(|column| (column.name.as_str(), column.type_oid, column.modifier));
+        if sent.clone().eq(known) {
+            return Next::GoOn;
+        }
+        let columns = sent.map(|(name, oid, modifier)| (name.to_string(), oid, modifier)).collect();
+        Next::Reshaped(Reshaped { capture: index, columns })
+    }
+
+    /// The place of the next image of the transaction; `None` where it was read before.
+    fn place(&mut self) -> Result<Option<(Position, Micros)>> {
+        let Some(transaction) = &mut self.transaction else { return Err(out_of_place("a row")) };
+        let position = positions::of_image(transaction.commit_lsn, transaction.images)?;
+        transaction.images += 1;
+        Ok((position > self.watermark.staged).then_some((position, transaction.commit_time)))
+    }
+
+    /// The capture of a relation, if its images are wanted.
+    fn wanted(&self, relation: u32) -> Result<Option<usize>> {
+        let Some(index) = self.relations.get(&relation) else { return Err(out_of_place("a row of an unnamed table")) };
+        Ok(index.filter(|index| !self.captures[*index].failed && !self.captures[*index].is_untouched()))
+    }
+
+    fn image(
+        &mut self,
+        row: RowImage<'_>,
+        raw: &Bytes,
+        whole: Option<&[Value<'_>]>,
+        into: &mut Gathered,
+    ) -> Result<Next> {
+        let Some((position, time)) = self.place()? else { return Ok(Next::GoOn) };
+        if let Some(index) = self.wanted(row.relation)? {
+            let capture = &self.captures[index];
+            let values = row.values(whole);
+            if let Err(reason) = into.builder(index, capture)?.push(values, &position, row.op, time) {
+                into.reject(capture, position, reason, raw);
+            }
+        }
+        self.watermark.staged = position;
+        Ok(Next::GoOn)
+    }
+
+    fn update(
+        &mut self,
+        relation: u32,
+        old: &OldTuple<'_>,
+        new: &Tuple<'_>,
+        raw: &Bytes,
+        whole: Option<&[Value<'_>]>,
+        into: &mut Gathered,
+    ) -> Result<Next> {
+        let wanted = self.wanted(relation)?;
+        let full = match old {
+            OldTuple::Full(tuple) => Some(*tuple),
+            _ => None,
+        };
+        if let Some(index) = wanted
+            && whole.is_none()
+            && full.is_none()
+            && !self.captures[index].progress.is_done()
+            && new.iter().any(|value| value == Value::Unchanged)
+        {
+            return Ok(Next::Incomplete { capture: index });
+        }
+        let moved = match (wanted, old.tuple()) {
+            (Some(index), Some(tuple)) => key_differs(&self.captures[index].layout, &tuple, new),
+            _ => false,
+        };
+        match old.tuple().filter(|_| moved) {
+            Some(tuple) => {
+                drop(self.image(RowImage { relation, op: Op::UpdateBefore, tuple, old: None }, raw, None, into)?)
+            }
+            // The place is taken whether or not it is needed.
+            None => drop(self.place()?),
+        }
+        self.image(RowImage { relation, op: Op::UpdateAfter, tuple: *new, old: full }, raw, whole, into)
+    }
+
+    fn truncate(&mut self, relations: &[u32], into: &mut Gathered) -> Result<()> {
+        for relation in relations {
+            let Some((position, time)) = self.place()? else { continue };
+            if let Some(index) = self.wanted(*relation)? {
+                let capture = &self.captures[index];
+                if let Err(reason) = into.builder(index, capture)?.push_nulls(&position, Op::Truncate, time) {
+                    into.reject(capture, position, reason, &[]);
+                }
+            }
+            self.watermark.staged = position;
+        }
+        Ok(())
+    }
+}
+
+/// A row as it is sent, and what it was before where that is sent whole.
+struct RowImage<'a> {
+    relation: u32,
+    op: Op,
+    tuple: Tuple<'a>,
+    old: Option<Tuple<'a>>,
+}
+
+impl<'a> RowImage<'a> {
+    /// Its values, with those that did not change from its old ones or from what was read apart.
+    fn values(&self, whole: Option<&'a [Value<'a>]>) -> impl Iterator<Item = Value<'a>> {
+        let mut old = self.old.map(|old| old.iter());
+        self.tuple.iter().enumerate().map(move |(index, value)| {
+            let before = old.as_mut().and_then(Iterator::next);
+            match (value, before, whole) {
+                (Value::Unchanged, Some(before), _) => before,
+                (Value::Unchanged, None, Some(whole)) => whole.get(index).copied().unwrap_or(value),
+                _ => value,
+            }
+        })
+    }
+}
+
+/// Whether an update gave the row another key. What was not sent did not change.
+fn key_differs(layout: &Layout, old: &Tuple<'_>, new: &Tuple<'_>) -> bool {
+    let pairs = old.iter().zip(new.iter()).enumerate();
+    pairs
+        .filter(|(index, _)| layout.schema.key.contains(index))
+        .any(|(_, (old, new))| new != Value::Unchanged && old != new)
+}
+
+fn out_of_place(what: &str) -> Error {
+    Error::new(ErrorKind::Data, "read", "the replication stream", format!("{what} is out of place"))
+}
