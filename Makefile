@@ -29,6 +29,10 @@ help: ## This list
 setup: ## Install what building needs (Debian packages, libduckdb), telling what it does
 	@scripts/setup.sh "$(CACHE)" "$(FEATURES)"
 
+.PHONY: setup-tests
+setup-tests:
+	@scripts/setup.sh "$(CACHE)" "$(FEATURES)" tests
+
 .PHONY: build
 build: setup ## Release binary and libduckdb into dist/
 	$(CARGO) build --release --locked -p shori $(FEATURE_FLAGS)
@@ -42,7 +46,7 @@ demo: build ## A busy sample database and its projections, live, until Ctrl-C (f
 	dist/shori demo --dir $(DIR)
 
 .PHONY: test
-test: setup ## All tests: unit, contract, end to end, simulation, torture
+test: setup-tests ## All tests: unit, contract, end to end (with PostgreSQL servers of their own), simulation, torture
 	$(CARGO) test --workspace --locked --no-fail-fast
 	$(MAKE) --no-print-directory simulate
 	$(MAKE) --no-print-directory torture KILLS=30

@@ -68,7 +68,7 @@ pub(crate) const SESSION_SETTINGS: [(&str, &str); 6] = [
 ];
 
 /// A connection for SQL. Dropping it ends it, and whatever it is doing.
-pub(crate) struct Session {
+pub struct Session {
     pub client: Client,
     task: JoinHandle<()>,
 }
@@ -90,7 +90,7 @@ impl Server {
         host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
     }
 
-    pub(crate) async fn connect(&self) -> Result<Session> {
+    pub async fn connect(&self) -> Result<Session> {
         let mut config = tokio_postgres::Config::new();
         config
             .host(&self.host)

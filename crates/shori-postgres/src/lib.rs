@@ -40,8 +40,8 @@ mod stream;
 
 use std::collections::BTreeMap;
 
-pub use connect::{Server, Tls};
-pub use source::{Inspected, PostgresSource, inspect, install, sample};
+pub use connect::{Server, Session, Tls};
+pub use source::{Inspected, PostgresSource, execute, inspect, install, log_bytes_above, sample};
 
 /// What to capture, and how.
 #[derive(Clone, Debug)]

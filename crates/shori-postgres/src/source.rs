@@ -15,7 +15,7 @@ use shori_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 
 use crate::catalog::{self, Layout, Sent, Types};
-use crate::connect::{Session, sql_error};
+use crate::connect::{Server, Session, sql_error};
 use crate::message::{self, Message, Value, WalLocation};
 use crate::replication::{Item, Replication, Request};
 use crate::setup::{self, Facts, Published};
@@ -660,4 +660,18 @@ pub async fn sample(config: &PostgresConfig, rows: usize) -> Result<Vec<shori_co
         sampled.extend(snapshot::read_chunk(&transaction, &capture, &place, limit).await?.rows);
     }
     Ok(sampled)
+}
+
+/// Runs a script of the user's.
+pub async fn execute(server: &Server, script: &str) -> Result<()> {
+    let session = server.connect().await?;
+    session.client.batch_execute(script).await.map_err(server.fail("run a script in"))
+}
+
+/// Bytes of the server's log above the position with this `lsn`, changes of other tables among them.
+pub async fn log_bytes_above(config: &PostgresConfig, lsn: u64) -> Result<u64> {
+    let session = config.server.connect().await?;
+    let facts = Facts::read(&session.client, config).await?;
+    check_reaches(config, &facts, lsn)?;
+    Ok(facts.wal_end.saturating_sub(lsn.saturating_add(1)))
 }

@@ -1,4 +1,4 @@
-//! Makes a pipeline from its configuration: the one place that knows which kinds of sources and stores there are.
+//! Makes a pipeline from its configuration: the one place that knows which kinds of stores there are.
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -21,12 +21,10 @@ use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::database::{self, Database};
 use shori_duckdb::store::DuckdbStore;
 use shori_duckdb::transform::DuckdbTransform;
-use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 
-use crate::config::{
-    EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreConfig, StoreKind,
-};
+use crate::config::{EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, StoreConfig, StoreKind};
 use crate::control::Client;
+use crate::systems::System;
 
 /// A pipeline's files, held by this process alone until dropped.
 pub struct Opened {
@@ -92,10 +90,7 @@ pub fn must_be_able_to_begin(loaded: &Loaded) -> Result<()> {
         return Ok(());
     }
     for source in &loaded.config.sources {
-        if !loaded.resolve(&source.path).is_file() {
-            // It is the one that knows what to say.
-            shori_sqlite::log_end(&sqlite_config(loaded, source))?;
-        }
+        System::of(loaded, source)?.must_be_there()?;
     }
     Ok(())
 }
@@ -155,25 +150,7 @@ pub fn pipeline(loaded: &Loaded, opened: &Opened, once: bool, events: Events) ->
 }
 
 pub fn sources(loaded: &Loaded) -> Result<Vec<Box<dyn Source>>> {
-    loaded.config.sources.iter().map(|source| Ok(Box::new(sqlite(loaded, source)) as Box<dyn Source>)).collect()
-}
-
-fn sqlite(loaded: &Loaded, source: &SourceConfig) -> SqliteSource {
-    SqliteSource::new(sqlite_config(loaded, source))
-}
-
-pub fn sqlite_config(loaded: &Loaded, source: &SourceConfig) -> SqliteConfig {
-    let SourceKind::Sqlite = source.kind;
-    let table = |(name, table): (&String, &crate::config::TableConfig)| SqliteTable {
-        name: name.clone(),
-        columns: table.columns.clone(),
-    };
-    SqliteConfig {
-        busy_timeout: Duration::from_millis(source.busy_timeout_ms),
-        snapshot_chunk_rows: source.snapshot_chunk_rows,
-        keep_changes: Duration::from_secs(source.keep_changes_seconds),
-        ..SqliteConfig::new(loaded.resolve(&source.path), &source.name, source.tables.iter().map(table).collect())
-    }
+    loaded.config.sources.iter().map(|source| Ok(System::of(loaded, source)?.source())).collect()
 }
 
 fn settings(loaded: &Loaded, once: bool) -> Settings {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use shori_core::secret::Secret;
 use shori_core::{Error, ErrorKind, Result};
 
 /// A pipeline, as configured.
@@ -55,6 +56,7 @@ pub struct PipelineConfig {
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     Sqlite,
+    Postgres,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -62,17 +64,55 @@ pub enum SourceKind {
 pub struct SourceConfig {
     pub name: String,
     pub kind: SourceKind,
-    pub path: PathBuf,
     pub tables: BTreeMap<String, TableConfig>,
-    /// How long a busy source is waited for before trying again.
-    #[serde(default = "defaults::busy_timeout_ms")]
-    pub busy_timeout_ms: u64,
     /// Rows of one snapshot chunk.
     #[serde(default = "defaults::snapshot_chunk_rows")]
     pub snapshot_chunk_rows: usize,
-    /// How long change rows stay in the source after they are in the log.
-    #[serde(default = "defaults::keep_changes_seconds")]
-    pub keep_changes_seconds: u64,
+    /// Of `sqlite`: its file.
+    pub path: Option<PathBuf>,
+    /// Of `sqlite`: how long a busy source is waited for before trying again.
+    pub busy_timeout_ms: Option<u64>,
+    /// Of `sqlite`: how long change rows stay in the source after they are in the log.
+    pub keep_changes_seconds: Option<u64>,
+    /// Of `postgres`: where it is.
+    pub server: Option<ServerConfig>,
+    /// Of `postgres`: the database schema of the tables.
+    pub schema: Option<String>,
+    /// Of `postgres`: what is read of it, by names of its own; both if not given are those of the pipeline and the source.
+    pub publication: Option<String>,
+    pub slot: Option<String>,
+    /// Of `postgres`: whether publication and slot are made where they are missing.
+    pub manage: Option<bool>,
+}
+
+/// A database server and who asks it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerConfig {
+    pub host: String,
+    #[serde(default = "defaults::postgres_port")]
+    pub port: u16,
+    pub database: String,
+    pub user: String,
+    pub password: Option<Secret>,
+    /// A file that holds the password alone.
+    pub password_file: Option<PathBuf>,
+    /// Verified if not given, but on this machine.
+    pub tls: Option<TlsMode>,
+    /// PEM file of the certificates that are trusted; those of the system if not given.
+    pub tls_roots: Option<PathBuf>,
+    #[serde(default = "defaults::connect_timeout_seconds")]
+    pub connect_timeout_seconds: u64,
+    #[serde(default = "defaults::statement_timeout_seconds")]
+    pub statement_timeout_seconds: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TlsMode {
+    /// The server's certificate and its name are verified.
+    Verify,
+    Off,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -231,14 +271,21 @@ impl Default for MemoryConfig {
 }
 
 mod defaults {
-    pub fn busy_timeout_ms() -> u64 {
-        5_000
+    pub const BUSY_TIMEOUT_MS: u64 = 5_000;
+    pub const KEEP_CHANGES_SECONDS: u64 = 600;
+    pub const SCHEMA: &str = "public";
+
+    pub fn postgres_port() -> u16 {
+        5432
+    }
+    pub fn connect_timeout_seconds() -> u64 {
+        10
+    }
+    pub fn statement_timeout_seconds() -> u64 {
+        60
     }
     pub fn snapshot_chunk_rows() -> usize {
         50_000
-    }
-    pub fn keep_changes_seconds() -> u64 {
-        600
     }
     pub fn enabled() -> bool {
         true
@@ -377,6 +424,25 @@ impl Loaded {
     }
 }
 
+impl SourceConfig {
+    /// Of `sqlite`.
+    pub fn file(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new(""))
+    }
+
+    pub fn busy_timeout(&self) -> Duration {
+        Duration::from_millis(self.busy_timeout_ms.unwrap_or(defaults::BUSY_TIMEOUT_MS))
+    }
+
+    pub fn keep_changes(&self) -> Duration {
+        Duration::from_secs(self.keep_changes_seconds.unwrap_or(defaults::KEEP_CHANGES_SECONDS))
+    }
+
+    pub fn schema(&self) -> &str {
+        self.schema.as_deref().unwrap_or(defaults::SCHEMA)
+    }
+}
+
 impl TableConfig {
     /// Whether it gives a column what is no type: one of the [refusals](Loaded::refusals).
     pub fn is_mistyped(&self) -> bool {
@@ -465,10 +531,10 @@ mod tests {
 
     #[test]
     fn defaults_and_the_environment_fill_what_is_asked_for() {
-        assert_eq!(read(SMALL).unwrap().sources[0].path, Path::new("a.db"));
+        assert_eq!(read(SMALL).unwrap().sources[0].file(), Path::new("a.db"));
         let environment = BTreeMap::from([("SHORI_TEST_PATH".to_string(), "b.db".to_string())]);
         let config = parse(SMALL, Path::new("test.toml"), &environment).unwrap();
-        assert_eq!(config.sources[0].path, Path::new("b.db"));
+        assert_eq!(config.sources[0].file(), Path::new("b.db"));
         let unset = SMALL.replace(":-a.db", "");
         let message = read(&unset).unwrap_err().to_string();
         assert!(message.contains("line 6") && message.contains("SHORI_TEST_PATH"), "{message}");

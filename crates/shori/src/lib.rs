@@ -8,4 +8,5 @@ pub mod control;
 pub mod failpoints;
 pub mod freshness;
 pub mod generate;
+pub mod systems;
 pub mod verify;

@@ -30,8 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PORT_TRIES: usize = 20;
 
 /// Signals are repeated at the end because a shell's background child ignores SIGQUIT until it has set its handlers;
-/// SIGCONT wakes a postmaster stopped halfway through `Server::kill`.
+/// SIGCONT wakes a postmaster stopped halfway through `Server::kill`. Nobody may be left to read the last answer.
 const WATCHDOG: &str = r#"
+trap : PIPE
 folder=$1 pid= as=
 newest=$(ls /usr/lib/postgresql/*/bin/postgres | sort -V | tail -n 1)
 bin=${SHORI_POSTGRES_BIN:-$(dirname "${newest:-$(pg_config --bindir)/postgres}")}

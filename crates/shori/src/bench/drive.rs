@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{self, Opened};
 use crate::config::Loaded;
+use crate::systems;
 
 /// The demo pipeline in `folder`: its sample tables and capture are made if missing.
 pub fn demo(folder: &Path) -> Result<Loaded> {
@@ -44,14 +45,14 @@ pub fn sample(loaded: &Loaded) -> Result<()> {
 
 pub fn install(loaded: &Loaded) -> Result<()> {
     for source in &loaded.config.sources {
-        shori_sqlite::install(&assemble::sqlite_config(loaded, source))?;
+        shori_sqlite::install(&systems::sqlite_config(loaded, source))?;
     }
     Ok(())
 }
 
 /// The application's connection to the source.
 pub fn open_source(loaded: &Loaded) -> Result<rusqlite::Connection> {
-    let path = loaded.resolve(&loaded.config.sources[0].path);
+    let path = loaded.resolve(loaded.config.sources[0].file());
     let open = || {
         let connection = rusqlite::Connection::open(&path)?;
         connection.busy_timeout(Duration::from_secs(60))?;

@@ -17,6 +17,7 @@ use super::syntax;
 use super::trial::{Trial, Tried};
 use crate::assemble;
 use crate::config::{Loaded, TableConfig};
+use crate::systems::System;
 
 /// Check configuration, source and queries; change nothing.
 ///
@@ -33,10 +34,14 @@ impl Check {
         let loaded = self.which.load_as_written()?;
         let mut problems = loaded.refusals();
         problems.extend(loaded.misplaced_stores());
-        let tables = tables(&loaded, &mut problems);
-        if let Err(error) = super::block_on(projections(&loaded, &tables, &mut problems)) {
-            problems.push(error);
-        }
+        let checked = super::block_on(async {
+            let tables = tables(&loaded, &mut problems).await;
+            if let Err(error) = projections(&loaded, &tables, &mut problems).await {
+                problems.push(error);
+            }
+            Ok(tables.len())
+        });
+        let tables = checked?;
         for problem in &problems {
             eprintln!("error: {problem}");
         }
@@ -44,7 +49,7 @@ impl Check {
             println!(
                 "{}: {} tables, {} projections: no problem found",
                 loaded.file.display(),
-                tables.len(),
+                tables,
                 loaded.config.projections.len()
             );
             return Ok(ExitCode::SUCCESS);
@@ -58,11 +63,14 @@ impl Check {
 const SAMPLE_ROWS: usize = 2_000;
 
 /// The tables that can be captured; for each other one, or for a source that cannot be read, a problem.
-fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
+async fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
     let mut tables = Vec::new();
     for source in &loaded.config.sources {
-        match shori_sqlite::inspect(&assemble::sqlite_config(loaded, source)) {
+        // What it lacks has been told with the refusals.
+        let Ok(system) = System::of(loaded, source) else { continue };
+        match system.inspect().await {
             Ok(inspected) => {
+                problems.extend(inspected.problems);
                 // Of a type that is none, enough has been told.
                 let is_told = |id: &CaptureId| source.tables.get(&*id.instance).is_some_and(TableConfig::is_mistyped);
                 let known = inspected.captures.into_iter().filter(|info| !is_told(&info.id));
@@ -118,7 +126,9 @@ async fn projections(loaded: &Loaded, tables: &[StateTable], problems: &mut Vec<
     let mut sample = Vec::new();
     for source in &loaded.config.sources {
         // That the source cannot be read has been told already.
-        sample.extend(shori_sqlite::sample(&assemble::sqlite_config(loaded, source), SAMPLE_ROWS).unwrap_or_default());
+        if let Ok(system) = System::of(loaded, source) {
+            sample.extend(system.sample(SAMPLE_ROWS).await.unwrap_or_default());
+        }
     }
     sample.retain(|batch| tables.iter().any(|table| table.capture == batch.capture));
     if sample.is_empty() {

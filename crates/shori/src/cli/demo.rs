@@ -21,6 +21,7 @@ use crate::config::Loaded;
 use crate::control::Server;
 use crate::freshness::{Freshness, Percentiles};
 use crate::generate::{self, GenerateConfig, Generated};
+use crate::systems;
 use crate::verify::{FindingKind, ProjectionReport, Report};
 
 /// A busy sample database and its projections, in one command.
@@ -182,7 +183,7 @@ impl Demo {
         // Triggers must stand before the first change, else the snapshot alone would see it.
         handle.ready().await?;
         let source = &loaded.config.sources[0];
-        let mut config = GenerateConfig::new(loaded.resolve(&source.path));
+        let mut config = GenerateConfig::new(loaded.resolve(source.file()));
         config.changes = self.changes;
         config.seed = self.seed;
         config.rate = self.rate.or(self.changes.is_none().then_some(ENDLESS_RATE));
@@ -199,7 +200,7 @@ impl Demo {
         };
         let generated = tokio::task::spawn_blocking(work).await;
         let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;
-        let end = shori_sqlite::log_end(&assemble::sqlite_config(loaded, source))?;
+        let end = shori_sqlite::log_end(&systems::sqlite_config(loaded, source))?;
         projected(handle, end, loaded.config.projections.len()).await?;
         Ok((generated, begun.elapsed().as_secs_f64()))
     }

@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use shori_core::{Error, ErrorKind, Result};
 
 use super::Which;
+use crate::config::SourceKind;
 use crate::generate::{GenerateConfig, run};
 
 /// Write to the sample source as an application would: orders, payments, customers, late changes, deletes, key updates,
@@ -44,8 +45,8 @@ impl Generate {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
         let none = || Error::new(ErrorKind::Usage, "generate", "changes", "the pipeline has no SQLite source");
-        let source = loaded.config.sources.first().ok_or_else(none)?;
-        let mut config = GenerateConfig::new(loaded.resolve(&source.path));
+        let source = loaded.config.sources.iter().find(|source| source.kind == SourceKind::Sqlite).ok_or_else(none)?;
+        let mut config = GenerateConfig::new(loaded.resolve(source.file()));
         config.changes = self.changes;
         config.rate = self.rate;
         config.seed = self.seed;

@@ -3,17 +3,18 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use rusqlite::Connection;
 use shori_core::{Error, ErrorKind, Result};
 
 use super::Which;
-use crate::assemble;
-use crate::config::Loaded;
+use crate::config::{Loaded, SourceKind};
 use crate::control::Client;
+use crate::systems::System;
 
-/// Make a source ready for capture: install the change table and the triggers. May be repeated.
+/// Make a source ready for capture. May be repeated.
 ///
-/// A trigger holds a table: SQLite refuses to drop a column that one names. --release frees the table; the next run
+/// SQLite: the change table and the triggers. PostgreSQL: the publication and the replication slot.
+///
+/// In SQLite a trigger holds a table: it refuses to drop a column that one names. --release frees the table; the next run
 /// captures it again. The pipeline must be stopped for it.
 #[derive(Args)]
 #[command(
@@ -42,7 +43,13 @@ impl Init {
                 return Err(Error::new(ErrorKind::InUse, "release", format!("table {table}"), cause)
                     .with_remedy("stop the pipeline first"));
             }
-            shori_sqlite::release(&loaded.resolve(&source.path), table)?;
+            if source.kind != SourceKind::Sqlite {
+                let remedy = "take it out of the configuration, and out of the publication";
+                return Err(loaded
+                    .wrong(&format!("table {table}"), "nothing but a publication names it")
+                    .with_remedy(remedy));
+            }
+            shori_sqlite::release(&loaded.resolve(source.file()), table)?;
             eprintln!("table {table} is free; the next run captures it again");
             return Ok(ExitCode::SUCCESS);
         }
@@ -57,21 +64,14 @@ impl Init {
     }
 }
 
-/// Creates the source file and the sample tables; existing ones stay as they are.
+/// Creates the sample tables, and the source's file if it is one; existing ones stay as they are.
 pub fn sample(loaded: &Loaded) -> Result<()> {
     let file = loaded.config.pipeline.sample.as_ref();
     let file = file.ok_or_else(|| loaded.wrong("pipeline.sample", "this pipeline has no sample tables"))?;
     let script = loaded.read(file)?;
     for source in &loaded.config.sources {
-        let path = loaded.resolve(&source.path);
-        let fail = |cause| Error::new(ErrorKind::Refused, "create sample tables in", path.display().to_string(), cause);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|cause| {
-                Error::new(ErrorKind::Usage, "create", format!("folder {}", parent.display()), cause)
-            })?;
-        }
-        let connection = Connection::open(&path).map_err(fail)?;
-        connection.execute_batch(&script).map_err(fail)?;
+        let system = System::of(loaded, source)?;
+        super::block_on(system.make_sample(&script))?;
     }
     Ok(())
 }
@@ -80,12 +80,11 @@ pub fn sample(loaded: &Loaded) -> Result<()> {
 fn install(loaded: &Loaded) -> Result<Vec<Error>> {
     let mut failed = Vec::new();
     for source in &loaded.config.sources {
-        let installed = shori_sqlite::install(&assemble::sqlite_config(loaded, source))?;
-        let mut tables: Vec<&str> = installed.captures.iter().map(|info| &*info.id.instance).collect();
-        tables.sort_unstable();
-        let tables = if tables.is_empty() { "no table".into() } else { tables.join(", ") };
-        eprintln!("{} captures {tables}", loaded.resolve(&source.path).display());
-        failed.extend(installed.failed.into_iter().map(|(_, error)| error));
+        let system = System::of(loaded, source)?;
+        let installed = super::block_on(system.install())?;
+        let tables = if installed.tables.is_empty() { "no table".into() } else { installed.tables.join(", ") };
+        eprintln!("{} captures {tables}", installed.source);
+        failed.extend(installed.failed);
     }
     Ok(failed)
 }

@@ -76,6 +76,9 @@ enum Verb {
     Completions { shell: clap_complete::Shell },
 }
 
+/// It tells of every acknowledgement, at level info.
+const QUIET: &str = "pg_walstream=warn";
+
 /// The filter itself takes any word, as the name of a module.
 fn log_level(text: &str) -> std::result::Result<String, String> {
     if text.is_empty() {
@@ -143,6 +146,10 @@ pub fn main() -> ExitCode {
     };
     let filter = tracing_subscriber::EnvFilter::try_new(&cli.log_level);
     let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let filter = match QUIET.parse() {
+        Ok(quiet) if !cli.log_level.contains("pg_walstream") => filter.add_directive(quiet),
+        _ => filter,
+    };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     log.with_ansi(std::io::stderr().is_terminal()).init();
     match crate::failpoints::arm_from_environment().and_then(|()| act(cli.verb)) {

@@ -1,5 +1,6 @@
 //! `shori status`
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,13 +9,12 @@ use arrow::array::{Array, AsArray, RecordBatch};
 use clap::Args;
 use serde::Serialize;
 use shori_core::pipeline::now;
-use shori_core::position::{Position, SortKey};
 use shori_core::{ErrorKind, Result};
 
 use super::Which;
 use super::reach::Reach;
-use crate::assemble;
 use crate::config::Loaded;
+use crate::systems::{Backlog, System};
 
 /// How far every capture and projection has come.
 ///
@@ -48,6 +48,9 @@ pub struct CaptureStatus {
     pub last_ingested_lsn: Option<String>,
     /// Changes in the source's log above the watermark, over all tables; null if the source cannot be read.
     pub changes_waiting: Option<u64>,
+    /// Bytes of the source's own log that are not in the log yet, changes of other tables among them: of sources that
+    /// cannot count changes.
+    pub log_bytes_waiting: Option<u64>,
     /// Row images that did not fit their column's type, and are in no projection.
     pub rejected: u64,
     pub failed: Option<String>,
@@ -117,11 +120,16 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
     let reach = Reach::to_look(loaded)?;
     reach.must_have_run(loaded)?;
     let mut captures = Vec::new();
+    let mut asked = BTreeMap::new();
     for row in rows(&reach.query(loaded, None, CAPTURES)?) {
         let [source, capture, lsn, failed, rejected] = take(row);
-        let (changes_waiting, unreadable) = waiting(loaded, source.as_deref(), lsn.as_deref());
+        // Captures of one source stand at one place, as a rule.
+        let place = (source.clone().unwrap_or_default(), lsn.clone().unwrap_or_default());
+        let waits = asked.entry(place).or_insert_with_key(|(source, lsn)| waiting(loaded, source, lsn));
+        let (changes_waiting, log_bytes_waiting, unreadable) = waits.clone();
         captures.push(CaptureStatus {
             changes_waiting,
+            log_bytes_waiting,
             source: source.unwrap_or_default(),
             capture: capture.unwrap_or_default(),
             last_ingested_lsn: lsn.filter(|lsn| !lsn.is_empty()),
@@ -158,6 +166,7 @@ fn never_captured(loaded: &Loaded, known: &[CaptureStatus]) -> Vec<CaptureStatus
             capture: table.clone(),
             last_ingested_lsn: None,
             changes_waiting: None,
+            log_bytes_waiting: None,
             rejected: 0,
             failed: Some("it has never been captured: shori check tells why, or start the pipeline again".into()),
         })
@@ -185,19 +194,22 @@ fn projection(loaded: &Loaded, store: &str, row: Vec<Option<String>>) -> Option<
     })
 }
 
-/// The backlog; or why nothing can be read. A source that is only busy is one that goes on.
-fn waiting(loaded: &Loaded, source: Option<&str>, lsn: Option<&str>) -> (Option<u64>, Option<String>) {
-    let configured = loaded.config.sources.iter().find(|configured| Some(configured.name.as_str()) == source);
-    let watermark = u64::from_str_radix(lsn.filter(|lsn| !lsn.is_empty()).unwrap_or("0"), 16).ok();
-    let (Some(configured), Some(watermark)) = (configured, watermark) else { return (None, None) };
-    let watermark = Position::new(SortKey::from_u64(watermark), SortKey::MAX);
-    match shori_sqlite::changes_above(&assemble::sqlite_config(loaded, configured), &watermark) {
-        Ok(count) => (Some(count), None),
+/// The backlog in changes, or in bytes; or why nothing can be read. A source that is only busy is one that goes on.
+fn waiting(loaded: &Loaded, source: &str, lsn: &str) -> (Option<u64>, Option<u64>, Option<String>) {
+    let Some(configured) = loaded.config.sources.iter().find(|configured| configured.name == source) else {
+        return (None, None, None);
+    };
+    let system = System::of(loaded, configured);
+    let backlog = system.and_then(|system| super::block_on(async { system.backlog(lsn).await }));
+    match backlog {
+        Ok(Some(Backlog::Changes(count))) => (Some(count), None, None),
+        Ok(Some(Backlog::LogBytes(bytes))) => (None, Some(bytes), None),
+        Ok(None) => (None, None, None),
         Err(error) if error.kind() == ErrorKind::Unavailable => {
             tracing::warn!(%error, "the source's backlog is not known");
-            (None, None)
+            (None, None, None)
         }
-        Err(error) => (None, Some(error.to_string())),
+        Err(error) => (None, None, Some(error.to_string())),
     }
 }
 
@@ -226,7 +238,11 @@ fn shown(status: &PipelineStatus) -> String {
     lines.push(format!("\n{:<32} {:>18} {:>12}", "capture", "ingested lsn", "waiting"));
     for capture in &status.captures {
         let name = format!("{}/{}", capture.source, capture.capture);
-        let waiting = capture.changes_waiting.map_or("?".to_string(), |count| count.to_string());
+        let waiting = match (capture.changes_waiting, capture.log_bytes_waiting) {
+            (Some(count), _) => count.to_string(),
+            (None, Some(bytes)) => format!("{:.1} MB", bytes as f64 / 1e6),
+            (None, None) => "?".into(),
+        };
         lines.push(format!("{name:<32} {:>18} {waiting:>12}", capture.last_ingested_lsn.as_deref().unwrap_or("-")));
         if let Some(failed) = &capture.failed {
             lines.push(format!("  stands still: {failed}"));

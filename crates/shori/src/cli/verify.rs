@@ -13,11 +13,11 @@ use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
-use crate::assemble;
 use crate::config::{Loaded, ProjectionConfig, ProjectionKind, SourceConfig};
+use crate::systems::System;
 use crate::verify::{
-    self as check, ColumnInput, DerivationInput, ProjectionInput, ProjectionReport, Report, Serving, State, TableInput,
-    VerifyInput,
+    self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
+    SourceInput, State, TableInput, VerifyInput,
 };
 
 /// Recompute every projection from the source's tables, and compare.
@@ -156,7 +156,7 @@ fn read_by(projection: &ProjectionConfig) -> impl Iterator<Item = &String> {
 }
 
 fn look<'a>(loaded: &Loaded, source: &'a SourceConfig) -> Result<Looked<'a>> {
-    let inspected = shori_sqlite::inspect(&assemble::sqlite_config(loaded, source))?;
+    let inspected = super::block_on(async { System::of(loaded, source)?.inspect().await })?;
     let tables = inspected.captures.iter().map(|capture| TableInput {
         name: capture.schema.table.to_string(),
         key: capture.schema.key_names().into_iter().map(String::from).collect(),
@@ -209,7 +209,7 @@ fn input<'a>(
 ) -> Result<VerifyInput> {
     let tables = &looked.tables;
     Ok(VerifyInput {
-        source: loaded.resolve(&looked.source.path),
+        source: source_input(loaded, looked.source)?,
         source_name: looked.source.name.clone(),
         staging: loaded.staging()?.name.clone(),
         projections: projections.map(|one| projection_input(loaded, one, tables)).collect::<Result<_>>()?,
@@ -218,6 +218,18 @@ fn input<'a>(
         memory_limit_mib: loaded.config.memory.limit_mib,
         threads: loaded.config.memory.threads,
         catch_up: if running { CATCH_UP } else { Duration::ZERO },
+    })
+}
+
+fn source_input(loaded: &Loaded, source: &SourceConfig) -> Result<SourceInput> {
+    Ok(match System::of(loaded, source)? {
+        System::Sqlite(config) => SourceInput::Sqlite(config.path),
+        System::Postgres(config) => SourceInput::Postgres(PostgresPlace {
+            server: config.server,
+            schema: config.schema,
+            publication: config.publication,
+            slot: config.slot,
+        }),
     })
 }
 

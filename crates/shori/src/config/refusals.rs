@@ -9,7 +9,7 @@ use shori_core::Error;
 use shori_core::schema::parse_type;
 use shori_duckdb::store::is_reserved_table;
 
-use super::{Loaded, TableConfig, nearest};
+use super::{Loaded, SourceKind, TableConfig, TlsMode, nearest};
 
 /// Names under which the embedded DuckDB has databases of its own.
 const RESERVED_STORES: [&str; 5] = ["cache", "cache_work", "memory", "system", "temp"];
@@ -31,6 +31,7 @@ const HOURS_MAX: f64 = (SECONDS_MAX / 3600) as f64;
 pub(super) fn of(loaded: &Loaded) -> Vec<Error> {
     let mut found = Vec::new();
     names(loaded, &mut found);
+    kinds(loaded, &mut found);
     paths(loaded, &mut found);
     types(loaded, &mut found);
     tables(loaded, &mut found);
@@ -70,10 +71,59 @@ fn distinct<'a>(loaded: &Loaded, what: &str, names: impl Iterator<Item = &'a str
     }
 }
 
+/// Keys that a kind of source needs, or does not have.
+fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
+    for source in &loaded.config.sources {
+        let of_sqlite = [
+            ("path", source.path.is_some()),
+            ("busy_timeout_ms", source.busy_timeout_ms.is_some()),
+            ("keep_changes_seconds", source.keep_changes_seconds.is_some()),
+        ];
+        let of_postgres = [
+            ("server", source.server.is_some()),
+            ("schema", source.schema.is_some()),
+            ("publication", source.publication.is_some()),
+            ("slot", source.slot.is_some()),
+            ("manage", source.manage.is_some()),
+        ];
+        let (own, foreign, kind) = match source.kind {
+            SourceKind::Sqlite => (&of_sqlite[..], &of_postgres[..], "postgres"),
+            SourceKind::Postgres => (&of_postgres[..], &of_sqlite[..], "sqlite"),
+        };
+        let object = format!("source {}", source.name);
+        // The first of its keys is the one that it cannot be without.
+        if let Some((key, _)) = own.first().filter(|(_, is_given)| !is_given) {
+            found.push(loaded.wrong(&object, &format!("it has no {key}, which says where it is")));
+        }
+        for (key, _) in foreign.iter().filter(|(_, is_given)| *is_given) {
+            found.push(loaded.wrong(&object, &format!("it has {key}, which is for kind \"{kind}\": leave it out")));
+        }
+        if let Some(slot) = source.slot.as_ref().filter(|slot| !is_slot_name(slot)) {
+            let cause = format!("slot {slot:?} is no name of a slot: use a to z, 0 to 9 and _, 63 letters at most");
+            found.push(loaded.wrong(&object, &cause));
+        }
+        if let Some(server) = &source.server {
+            if server.password.is_some() && server.password_file.is_some() {
+                found.push(loaded.wrong(&object, "its server has password and password_file: give one of them"));
+            }
+            if server.tls == Some(TlsMode::Off) && server.tls_roots.is_some() {
+                found.push(loaded.wrong(&object, "its server has tls_roots, and tls is off: leave out one of them"));
+            }
+        }
+    }
+}
+
+/// As the server accepts it (PostgreSQL documentation, "Replication Slots").
+fn is_slot_name(name: &str) -> bool {
+    let fits = |letter: u8| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == b'_';
+    (1..=63).contains(&name.len()) && name.bytes().all(fits)
+}
+
 /// A file belongs to one: a store that took the source's file would be the end of it.
 fn paths(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
-    let sources = config.sources.iter().map(|source| ("source", &source.name, &source.path));
+    let files = config.sources.iter().filter_map(|source| Some((source, source.path.as_ref()?)));
+    let sources = files.map(|(source, path)| ("source", &source.name, path));
     let stores = config.stores.iter().map(|store| ("store", &store.name, &store.path));
     let mut before: Vec<(PathBuf, String)> = Vec::new();
     for (what, name, path) in sources.chain(stores) {
@@ -157,7 +207,16 @@ fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
     for source in &config.sources {
         let key = |key: &str| format!("{key} of source {}", source.name);
         found.extend(within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX));
-        found.extend(within(loaded, &key("keep_changes_seconds"), source.keep_changes_seconds, 0..=SECONDS_MAX));
+        if let Some(seconds) = source.keep_changes_seconds {
+            found.extend(within(loaded, &key("keep_changes_seconds"), seconds, 0..=SECONDS_MAX));
+        }
+        if let Some(server) = &source.server {
+            let timeouts = 1..=SECONDS_MAX;
+            let connect = server.connect_timeout_seconds;
+            found.extend(within(loaded, &key("connect_timeout_seconds"), connect, timeouts.clone()));
+            let statement = server.statement_timeout_seconds;
+            found.extend(within(loaded, &key("statement_timeout_seconds"), statement, timeouts));
+        }
     }
     found.extend(within(loaded, "ingest.batch_max_rows", config.ingest.batch_max_rows, 1..=usize::MAX));
     found.extend(within(loaded, "ingest.batch_max_bytes", config.ingest.batch_max_bytes, 1..=usize::MAX));

@@ -13,10 +13,12 @@
 mod asof;
 mod compare;
 mod history;
+mod postgres_source;
 mod report;
 mod scratch;
 mod serving;
 mod source;
+mod sqlite_source;
 #[cfg(test)]
 mod tests;
 mod values;
@@ -26,6 +28,7 @@ use std::time::Duration;
 
 use shori_core::{Error, ErrorKind, Result};
 
+pub use postgres_source::PostgresPlace;
 pub use report::{EXAMPLES_MAX, Finding, FindingKind, ProjectionReport, Report, State};
 pub use serving::Serving;
 
@@ -37,8 +40,7 @@ use source::Source;
 /// What is verified, in plain words: nothing here depends on the engine.
 #[derive(Clone, Debug)]
 pub struct VerifyInput {
-    /// The captured SQLite file; it is only read.
-    pub source: PathBuf,
+    pub source: SourceInput,
     pub source_name: String,
     /// The store that tells how capture stands.
     pub staging: String,
@@ -52,6 +54,13 @@ pub struct VerifyInput {
     /// How long projections that are behind the source are waited for; zero where no pipeline runs. Rows that stay behind
     /// are compared too, where the source still keeps the changes since.
     pub catch_up: Duration,
+}
+
+/// What was captured; it is only read.
+#[derive(Clone, Debug)]
+pub enum SourceInput {
+    Sqlite(PathBuf),
+    Postgres(PostgresPlace),
 }
 
 /// A captured table.
@@ -158,25 +167,25 @@ impl ProjectionReport {
 pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> {
     let scratch = Scratch::open(input)?;
     let mut source = Source::load(input, &scratch)?;
-    serving::wait(serving, input, source.head)?;
+    serving::wait(serving, input, source.head())?;
     let mut loaded = Vec::new();
     for projection in &input.projections {
         loaded.push(load(serving, &scratch, input, projection)?);
     }
     let behind = |table: &str| {
         let checkpoints = loaded.iter().filter_map(|(_, checkpoint)| checkpoint.as_ref());
-        checkpoints.filter_map(|checkpoint| checkpoint.get(table)).any(|id| *id < source.head)
+        checkpoints.filter_map(|checkpoint| checkpoint.get(table)).any(|id| *id < source.head())
     };
     let behind: Vec<_> = input.tables.iter().map(|table| table.name.clone()).filter(|name| behind(name)).collect();
     source.load_changes(input, &scratch, &behind)?;
-    let mut asof = AsOf::new(input, &scratch, source.head);
+    let mut asof = AsOf::new(input, &scratch, source.head());
     let mut projections = Vec::new();
     for (projection, (mut report, checkpoint)) in input.projections.iter().zip(loaded) {
         let Some(checkpoint) = checkpoint else {
             projections.push(report);
             continue;
         };
-        if checkpoint.values().any(|id| *id < source.head) {
+        if checkpoint.values().any(|id| *id < source.head()) {
             report.notes.push(format!("compared as of the source's change {}", report.as_of_change));
         }
         match compare(input, &scratch, &mut source, &mut asof, projection, &checkpoint, &mut report) {

@@ -20,7 +20,7 @@ const CHANGES: u64 = 1_000_000;
 pub(super) fn prepare(place: &Place) -> Result<Measured> {
     let loaded = drive::demo(&place.fresh(FOLDER)?)?;
     read(&loaded)?;
-    let mut config = GenerateConfig::new(loaded.resolve(&loaded.config.sources[0].path));
+    let mut config = GenerateConfig::new(loaded.resolve(loaded.config.sources[0].file()));
     config.changes = Some(place.rows(CHANGES));
     generate::run(&config, &AtomicBool::new(false), |_| {})?;
     Ok(Measured::default())

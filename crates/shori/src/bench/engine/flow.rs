@@ -18,6 +18,7 @@ use crate::assemble;
 use crate::bench::{Place, drive};
 use crate::config::Loaded;
 use crate::freshness::{Freshness, Percentiles};
+use crate::systems;
 
 use super::world::World;
 
@@ -81,7 +82,7 @@ async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duratio
     let generated = tokio::task::spawn_blocking(move || finished(generator)).await;
     let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;
     let ended = tokio::time::Instant::now();
-    let end = shori_sqlite::log_end(&assemble::sqlite_config(loaded, &loaded.config.sources[0]))?;
+    let end = shori_sqlite::log_end(&systems::sqlite_config(loaded, &loaded.config.sources[0]))?;
     let caught_up = tokio::time::timeout(CATCH_UP_MAX, projected(handle, end)).await;
     let caught_up_seconds = match caught_up {
         Ok(shown) => shown.map(|()| Some(ended.elapsed().as_secs_f64()))?,

@@ -10,7 +10,9 @@ use rusqlite::Connection as Source;
 use tempfile::TempDir;
 
 use crate::generate::{Clock, GenerateConfig, run};
-use crate::verify::{ColumnInput, DerivationInput, ProjectionInput, Report, TableInput, VerifyInput, verify};
+use crate::verify::{
+    ColumnInput, DerivationInput, ProjectionInput, Report, SourceInput, TableInput, VerifyInput, verify,
+};
 
 const SAMPLE: &str = include_str!("../../../../../pipelines/demo/sql/sample_source.sql");
 const KPI: &str = include_str!("../../../../../pipelines/demo/sql/proj_orders_kpi_by_minute_segment.sql");
@@ -282,7 +284,7 @@ impl Pipeline {
             ProjectionInput { name: name.to_string(), store: String::new(), derivation }
         };
         VerifyInput {
-            source: self.path(),
+            source: SourceInput::Sqlite(self.path()),
             source_name: String::new(),
             staging: String::new(),
             tables: TABLES.iter().map(table).collect(),

@@ -1,0 +1,223 @@
+//! Kinds of sources: what each can do for the verbs. The one place that knows which there are.
+
+use std::path::Path;
+
+use shori_core::change::ChangeBatch;
+use shori_core::position::{CaptureId, Position, SortKey};
+use shori_core::secret::Secret;
+use shori_core::source::{CaptureInfo, Source};
+use shori_core::{Error, ErrorKind, Result};
+use shori_postgres::{PostgresConfig, PostgresSource, PostgresTable, Server, Tls};
+use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
+use std::time::Duration;
+
+use crate::config::{Loaded, ServerConfig, SourceConfig, SourceKind, TlsMode};
+
+/// A source as it is configured.
+pub enum System {
+    Sqlite(SqliteConfig),
+    Postgres(PostgresConfig),
+}
+
+/// What could be captured, and what is in the way of it.
+pub struct Inspected {
+    pub captures: Vec<CaptureInfo>,
+    /// Tables that cannot be captured, each with the reason.
+    pub failed: Vec<(CaptureId, Error)>,
+    /// What else is missing: rights, settings.
+    pub problems: Vec<Error>,
+}
+
+/// What was made ready for capture.
+pub struct Installed {
+    /// For messages.
+    pub source: String,
+    pub tables: Vec<String>,
+    /// Why other tables are not captured.
+    pub failed: Vec<Error>,
+}
+
+/// What of the source is not in the log yet.
+pub enum Backlog {
+    Changes(u64),
+    /// Bytes of the source's own log, with changes of other tables among them.
+    LogBytes(u64),
+}
+
+impl System {
+    pub fn of(loaded: &Loaded, source: &SourceConfig) -> Result<Self> {
+        Ok(match source.kind {
+            SourceKind::Sqlite => Self::Sqlite(sqlite_config(loaded, source)),
+            SourceKind::Postgres => Self::Postgres(postgres_config(loaded, source)?),
+        })
+    }
+
+    pub fn source(self) -> Box<dyn Source> {
+        match self {
+            Self::Sqlite(config) => Box::new(SqliteSource::new(config)),
+            Self::Postgres(config) => Box::new(PostgresSource::new(config)),
+        }
+    }
+
+    /// Refuses a source that is not there, where that can be told without waiting for it.
+    pub fn must_be_there(&self) -> Result<()> {
+        match self {
+            // It is the one that knows what to say.
+            Self::Sqlite(config) if !config.path.is_file() => shori_sqlite::log_end(config).map(|_| ()),
+            Self::Sqlite(_) | Self::Postgres(_) => Ok(()),
+        }
+    }
+
+    pub async fn inspect(&self) -> Result<Inspected> {
+        match self {
+            Self::Sqlite(config) => {
+                let shori_sqlite::Inspected { captures, failed } = shori_sqlite::inspect(config)?;
+                Ok(Inspected { captures, failed, problems: Vec::new() })
+            }
+            Self::Postgres(config) => {
+                let shori_postgres::Inspected { captures, failed, problems } = shori_postgres::inspect(config).await?;
+                Ok(Inspected { captures, failed, problems })
+            }
+        }
+    }
+
+    /// The first rows of every table that can be captured.
+    pub async fn sample(&self, rows: usize) -> Result<Vec<ChangeBatch>> {
+        match self {
+            Self::Sqlite(config) => shori_sqlite::sample(config, rows),
+            Self::Postgres(config) => shori_postgres::sample(config, rows).await,
+        }
+    }
+
+    /// Makes the source ready for capture. May be repeated.
+    pub async fn install(&self) -> Result<Installed> {
+        match self {
+            Self::Sqlite(config) => {
+                let installed = shori_sqlite::install(config)?;
+                let mut tables: Vec<_> = installed.captures.iter().map(|info| info.id.instance.to_string()).collect();
+                tables.sort_unstable();
+                let failed = installed.failed.into_iter().map(|(_, error)| error).collect();
+                Ok(Installed { source: config.path.display().to_string(), tables, failed })
+            }
+            Self::Postgres(config) => {
+                let (tables, failed) = shori_postgres::install(config).await?;
+                Ok(Installed { source: config.server.name(), tables, failed })
+            }
+        }
+    }
+
+    /// Runs the script that makes the pipeline's sample tables; existing ones stay as they are.
+    pub async fn make_sample(&self, script: &str) -> Result<()> {
+        match self {
+            Self::Sqlite(config) => make_sqlite_sample(&config.path, script),
+            Self::Postgres(config) => shori_postgres::execute(&config.server, script).await,
+        }
+    }
+
+    /// What is above the watermark with this `lsn` in hexadecimal; `None` where that is not a position of this source.
+    pub async fn backlog(&self, lsn: &str) -> Result<Option<Backlog>> {
+        let lsn = if lsn.is_empty() { "0" } else { lsn };
+        let Ok(lsn) = u64::from_str_radix(lsn, 16) else { return Ok(None) };
+        match self {
+            Self::Sqlite(config) => {
+                let watermark = Position::new(SortKey::from_u64(lsn), SortKey::MAX);
+                shori_sqlite::changes_above(config, &watermark).map(|count| Some(Backlog::Changes(count)))
+            }
+            Self::Postgres(config) => {
+                shori_postgres::log_bytes_above(config, lsn).await.map(|bytes| Some(Backlog::LogBytes(bytes)))
+            }
+        }
+    }
+}
+
+fn make_sqlite_sample(path: &Path, script: &str) -> Result<()> {
+    let fail = |cause| Error::new(ErrorKind::Refused, "create sample tables in", path.display().to_string(), cause);
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)
+            .map_err(|cause| Error::new(ErrorKind::Usage, "create", format!("folder {}", parent.display()), cause))?;
+    }
+    let connection = rusqlite::Connection::open(path).map_err(fail)?;
+    connection.execute_batch(script).map_err(fail)
+}
+
+pub fn sqlite_config(loaded: &Loaded, source: &SourceConfig) -> SqliteConfig {
+    let table = |(name, table): (&String, &crate::config::TableConfig)| SqliteTable {
+        name: name.clone(),
+        columns: table.columns.clone(),
+    };
+    SqliteConfig {
+        busy_timeout: source.busy_timeout(),
+        snapshot_chunk_rows: source.snapshot_chunk_rows,
+        keep_changes: source.keep_changes(),
+        ..SqliteConfig::new(loaded.resolve(source.file()), &source.name, source.tables.iter().map(table).collect())
+    }
+}
+
+fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresConfig> {
+    let no_server = || loaded.wrong(&format!("source {}", source.name), "it has no server, which says where it is");
+    let table = |(name, table): (&String, &crate::config::TableConfig)| PostgresTable {
+        name: name.clone(),
+        columns: table.columns.clone(),
+    };
+    let own_name = || name_of(&[&loaded.config.pipeline.name, &source.name]);
+    Ok(PostgresConfig {
+        server: server(loaded, source.server.as_ref().ok_or_else(no_server)?)?,
+        source_name: source.name.clone(),
+        schema: source.schema().to_string(),
+        tables: source.tables.iter().map(table).collect(),
+        publication: source.publication.clone().unwrap_or_else(own_name),
+        slot: source.slot.clone().unwrap_or_else(own_name),
+        manage: source.manage.unwrap_or(true),
+        snapshot_chunk_rows: source.snapshot_chunk_rows,
+    })
+}
+
+fn server(loaded: &Loaded, config: &ServerConfig) -> Result<Server> {
+    let password = match &config.password_file {
+        None => config.password.clone(),
+        Some(file) => {
+            let path = loaded.resolve(file);
+            let text = std::fs::read_to_string(&path).map_err(|cause| {
+                Error::new(ErrorKind::Usage, "read", format!("password file {}", path.display()), cause)
+            })?;
+            Some(Secret::new(text.trim_end_matches(['\r', '\n'])))
+        }
+    };
+    let tls = match config.tls {
+        Some(TlsMode::Off) => Tls::Off,
+        None if Server::is_local(&config.host) && config.tls_roots.is_none() => Tls::Off,
+        _ => Tls::Verified { roots: config.tls_roots.as_ref().map(|file| loaded.resolve(file)) },
+    };
+    Ok(Server {
+        host: config.host.clone(),
+        port: config.port,
+        database: config.database.clone(),
+        user: config.user.clone(),
+        password,
+        tls,
+        connect_timeout: Duration::from_secs(config.connect_timeout_seconds),
+        statement_timeout: Duration::from_secs(config.statement_timeout_seconds),
+    })
+}
+
+/// A name for things of the server's that are this pipeline's: as a slot may be named.
+fn name_of(parts: &[&str]) -> String {
+    const LENGTH_MAX: usize = 63;
+    let plain = |letter: char| match letter.to_ascii_lowercase() {
+        letter if letter.is_ascii_lowercase() || letter.is_ascii_digit() => letter,
+        _ => '_',
+    };
+    let name = format!("shori_{}", parts.join("_"));
+    name.chars().map(plain).take(LENGTH_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_the_server_are_those_of_pipeline_and_source() {
+        assert_eq!(name_of(&["orders-history", "Shop é"]), "shori_orders_history_shop__");
+        assert_eq!(name_of(&[&"x".repeat(100)]).len(), 63);
+    }
+}
