@@ -58,7 +58,8 @@ const SYSTEM_ROOTS: [&str; 4] = [
 ];
 
 /// What makes values print as they are read here, the same on both kinds of connection.
-pub(crate) const SESSION_SETTINGS: [(&str, &str); 6] = [
+pub(crate) const SESSION_SETTINGS: [(&str, &str); 7] = [
+    ("application_name", "shori"),
     ("datestyle", "ISO, YMD"),
     ("intervalstyle", "postgres"),
     ("timezone", "UTC"),

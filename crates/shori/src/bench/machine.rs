@@ -36,11 +36,16 @@ const TICKS_PER_SECOND: f64 = 100.0;
 
 /// Processor time that this process has taken, of all its threads, in seconds (elsewhere than on Linux 0).
 pub fn processor_seconds() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    processor_seconds_of("self").unwrap_or(0.0)
+}
+
+/// The same of another process, by its id; `None` when it has gone.
+pub fn processor_seconds_of(process: &str) -> Option<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     // The program's name stands in parentheses and may hold spaces; utime and stime are the 12th and 13th field after.
-    let after_name = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let (_, after_name) = text.rsplit_once(')')?;
     let ticks = after_name.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<f64>().ok());
-    ticks.sum::<f64>() / TICKS_PER_SECOND
+    Some(ticks.sum::<f64>() / TICKS_PER_SECOND)
 }
 
 /// What else runs here, in cores (Linux: the load of the last minute; elsewhere 0).

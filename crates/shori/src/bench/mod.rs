@@ -14,6 +14,7 @@
 mod drive;
 mod engine;
 mod machine;
+mod postgres;
 mod report;
 mod task;
 
@@ -95,7 +96,7 @@ struct Suite {
 /// A load above this disturbs what is measured.
 const LOAD_QUIET: f64 = 0.5;
 
-const SUITES: &[Suite] = &[engine::SUITE];
+const SUITES: &[Suite] = &[engine::SUITE, postgres::SUITE];
 
 /// Names of the suites.
 pub fn suites() -> Vec<&'static str> {
@@ -224,7 +225,7 @@ mod tests {
     #[test]
     fn what_is_not_there_is_refused_before_anything_is_made() {
         let refused = |request| run(&request).unwrap_err();
-        assert!(refused(request("engines", &[], 1.0)).to_string().contains("known: engine"));
+        assert!(refused(request("engines", &[], 1.0)).to_string().contains("known: engine, postgres"));
         let error = refused(request("engine", &["engine.backlogs"], 1.0));
         assert_eq!(error.kind(), ErrorKind::Usage);
         assert!(error.to_string().contains("did you mean engine.backlog?"), "{error}");

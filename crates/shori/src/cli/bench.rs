@@ -12,7 +12,7 @@ use crate::bench::{self, Place, Request};
 /// Measure this machine and this build against targets, and against floors measured in the same run.
 ///
 /// Reports, and does not judge: the exit status is 0 even when a target is missed, 1 when a figure could not be
-/// measured. The suite `engine` writes about 5 GB and takes about 15 minutes.
+/// measured. The suite `engine` writes about 5 GB and takes about 15 minutes; `postgres` starts a server of its own.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  shori bench engine\n  shori bench engine --json --figure engine.backlog\n  shori bench engine --scale 0.01"

@@ -76,8 +76,8 @@ enum Verb {
     Completions { shell: clap_complete::Shell },
 }
 
-/// It tells of every acknowledgement, at level info.
-const QUIET: &str = "pg_walstream=warn";
+/// Libraries that tell of every acknowledgement at level info, and of every value they send at level debug.
+const QUIET: [&str; 2] = ["pg_walstream", "tokio_postgres"];
 
 /// The filter itself takes any word, as the name of a module.
 fn log_level(text: &str) -> std::result::Result<String, String> {
@@ -145,11 +145,10 @@ pub fn main() -> ExitCode {
         }
     };
     let filter = tracing_subscriber::EnvFilter::try_new(&cli.log_level);
-    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let filter = match QUIET.parse() {
-        Ok(quiet) if !cli.log_level.contains("pg_walstream") => filter.add_directive(quiet),
-        _ => filter,
-    };
+    let chosen = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let quiet = QUIET.into_iter().filter(|library| !cli.log_level.contains(library));
+    let filter = quiet.filter_map(|library| format!("{library}=warn").parse().ok());
+    let filter = filter.fold(chosen, tracing_subscriber::EnvFilter::add_directive);
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     log.with_ansi(std::io::stderr().is_terminal()).init();
     match crate::failpoints::arm_from_environment().and_then(|()| act(cli.verb)) {

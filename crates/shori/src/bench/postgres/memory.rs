@@ -1,0 +1,45 @@
+//! postgres.memory, postgres.memory_transaction: the most memory that reading takes.
+
+use shori_core::Result;
+
+use super::pipeline;
+use super::server::{Server, refused};
+use super::stream::{TABLE, row};
+use crate::bench::task::{self, PEAK_RESIDENT_MB};
+use crate::bench::{Measured, Place, machine};
+
+const TRANSACTION_ROWS: u64 = 10_000_000;
+
+/// The greater of what the other figures take.
+pub(super) fn measure(place: &Place) -> Result<Measured> {
+    let mut measured = Measured::default();
+    for figure in ["postgres.stream_duckdb", "postgres.snapshot"] {
+        task::run(place, "postgres", &format!("{figure}/prepare"))?;
+        let peak = task::run(place, "postgres", &format!("{figure}/measure"))?.parts[PEAK_RESIDENT_MB];
+        measured.value = measured.value.max(peak);
+        measured = measured.part(&format!("{}_mb", figure.replace('.', "_")), peak);
+    }
+    Ok(measured)
+}
+
+pub(super) fn prepare_transaction(place: &Place) -> Result<Measured> {
+    let server = Server::make(place)?;
+    let folder = place.fresh(pipeline::FOLDER)?;
+    crate::cli::block_on(async { server.connect().await?.client.batch_execute(TABLE).await.map_err(refused) })?;
+    pipeline::read(&pipeline::loaded(&folder, &server)?)?;
+    crate::cli::block_on(async {
+        let client = &server.connect().await?.client;
+        let rows = place.rows(TRANSACTION_ROWS);
+        let insert = format!("insert into orders select {} from generate_series(1, {rows}) as n", row("n"));
+        client.batch_execute(&insert).await.map_err(refused)
+    })?;
+    Ok(Measured::default())
+}
+
+pub(super) fn measure_transaction(place: &Place) -> Result<Measured> {
+    let server = Server::again(place)?;
+    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server)?;
+    let (changes, seconds) = pipeline::read(&loaded)?;
+    let rate = changes as f64 / seconds;
+    Ok(Measured::new(machine::peak_resident_mb()).part("changes", changes as f64).part("rate_changes_s", rate))
+}

@@ -1,0 +1,63 @@
+//! postgres.snapshot: a table that was there before, into the durable log.
+//!
+//! The floor is `COPY … TO STDOUT (FORMAT binary)` of the same table, its bytes read and thrown away.
+
+use std::time::Instant;
+
+use futures::TryStreamExt;
+use shori_core::{Error, ErrorKind, Result};
+
+use super::pipeline;
+use super::server::{Server, refused};
+use super::stream::{TABLE, row};
+use crate::bench::{Measured, Place};
+
+const ROWS: u64 = 1_100_000;
+
+pub(super) fn prepare(place: &Place) -> Result<Measured> {
+    let server = Server::make(place)?;
+    place.fresh(pipeline::FOLDER)?;
+    crate::cli::block_on(async {
+        let client = &server.connect().await?.client;
+        client.batch_execute(TABLE).await.map_err(refused)?;
+        // As wide as the target's: 150 MB.
+        client.batch_execute("alter table orders add column note text").await.map_err(refused)?;
+        let rows = place.rows(ROWS);
+        let insert = format!(
+            "insert into orders select {}, repeat(md5(n::text), 2) from generate_series(1, {rows}) as n",
+            row("n")
+        );
+        client.batch_execute(&insert).await.map_err(refused)?;
+        // Each alone: several statements at once are one transaction.
+        client.batch_execute("vacuum analyze orders").await.map_err(refused)?;
+        client.batch_execute("checkpoint").await.map_err(refused)
+    })?;
+    Ok(Measured::default())
+}
+
+pub(super) fn measure(place: &Place) -> Result<Measured> {
+    let server = Server::again(place)?;
+    let (floor, bytes) = crate::cli::block_on(async {
+        let client = &server.connect().await?.client;
+        // Once before, so that both find the table in memory.
+        copy_out(client).await?;
+        copy_out(client).await
+    })?;
+    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server)?;
+    let (_, seconds) = pipeline::read(&loaded)?;
+    let rows = pipeline::rows_in_log(&loaded)?;
+    if rows != place.rows(ROWS) {
+        let cause = format!("{rows} rows came of {}", place.rows(ROWS));
+        return Err(Error::new(ErrorKind::Internal, "read", "the table", cause));
+    }
+    let measured = Measured { floor: Some(floor), ..Measured::new(seconds) };
+    Ok(measured.part("copied_mb", bytes as f64 / 1e6).part("rate_rows_s", rows as f64 / seconds))
+}
+
+/// Seconds and bytes.
+async fn copy_out(client: &tokio_postgres::Client) -> Result<(f64, usize)> {
+    let begun = Instant::now();
+    let stream = client.copy_out("copy orders to stdout (format binary)").await.map_err(refused)?;
+    let bytes = stream.try_fold(0, async |sum, part| Ok(sum + part.len())).await.map_err(refused)?;
+    Ok((begun.elapsed().as_secs_f64(), bytes))
+}
