@@ -224,6 +224,40 @@ pub(crate) async fn layout(
     layout_of(table, oid, sent, &key, types)
 }
 
+impl Layout {
+    /// The table as a publication with a column list sends it.
+    pub fn published(self, table: &PostgresTable, columns: Option<&[String]>, types: &Types) -> Result<Self> {
+        let is_sent = |column: &Column| columns.is_none_or(|names| names.contains(&column.name));
+        if self.columns.iter().all(is_sent) {
+            return Ok(self);
+        }
+        let key: Vec<String> = self.schema.key_names().into_iter().map(String::from).collect();
+        let sent = self.columns.into_iter().filter(is_sent).map(|column| Sent {
+            name: column.name,
+            type_oid: column.type_oid,
+            modifier: column.modifier,
+            nullable: column.nullable,
+        });
+        layout_of(table, self.oid, sent.collect(), &key, types)
+    }
+}
+
+/// Whether one of these columns, which were added, may hold values in rows that were there before: such rows are not sent
+/// for it.
+pub(crate) async fn hold_values(client: &Client, oid: u32, columns: &[String]) -> Result<bool> {
+    if columns.is_empty() {
+        return Ok(false);
+    }
+    let query = "
+        select exists (
+            select
+            from pg_catalog.pg_attribute
+            where attrelid = $1 and attname = any($2) and (atthasdef or atthasmissing or attnotnull)
+        )";
+    let row = client.query_one(query, &[&oid, &columns]).await.map_err(|cause| sql_error("read", "columns", cause))?;
+    Ok(row.get(0))
+}
+
 /// A column as it is sent.
 pub(crate) struct Sent {
     pub name: String,

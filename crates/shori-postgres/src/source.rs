@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use arrow::datatypes::Field;
 use async_trait::async_trait;
 use bytes::Bytes;
 use shori_core::position::{CaptureId, Position, Watermark};
@@ -58,6 +59,8 @@ struct Open {
     open_at_start: (Vec<u64>, Instant),
     /// The furthest that any capture was staged at start; chunks stand above it.
     furthest: Position,
+    /// Tables that are to be read anew, still to be told.
+    snapshots: Vec<(CaptureId, SnapshotProgress)>,
     /// A call was dropped before it had ended: what it had read is lost.
     interrupted: bool,
 }
@@ -158,8 +161,17 @@ impl Open {
         let mut captures = Vec::with_capacity(found.layouts.len());
         let mut lowest: Option<Watermark> = None;
         let (mut furthest, mut is_partly_read) = (Position::ZERO, false);
+        let mut snapshots = Vec::new();
         for (table, layout) in found.layouts {
             let id = id(&table.name);
+            let columns = published.get(&table.name).and_then(|published| published.columns.as_deref());
+            let layout = match layout.published(&table, columns, &types) {
+                Ok(layout) => layout,
+                Err(error) => {
+                    failed.push((id, error));
+                    continue;
+                }
+            };
             let known = resume.get(&id);
             let watermark = known.map_or(Watermark::ZERO, |known| known.watermark);
             furthest = furthest.max(watermark.staged);
@@ -172,8 +184,15 @@ impl Open {
                 is_partly_read |= !known.snapshot.is_done() || watermark.boundary < watermark.staged;
                 lowest = Some(lowest.filter(|lowest| lowest.staged <= watermark.staged).unwrap_or(watermark));
             }
+            let mut progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
+            if let Some(known) = begun
+                && catalog::hold_values(client, layout.oid, &added(known, &layout)).await?
+            {
+                progress = read_anew(&id, &progress);
+                snapshots.push((id.clone(), progress.clone()));
+            }
             captures.push(Capture {
-                progress: known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone()),
+                progress,
                 schema_name: config.schema.as_str().into(),
                 layout: Arc::new(layout),
                 failed: false,
@@ -219,6 +238,7 @@ impl Open {
             watched: now,
             open_at_start: (sight.visibility.running, now + GRACE),
             furthest,
+            snapshots,
             interrupted: false,
         };
         Ok((started, open))
@@ -240,6 +260,7 @@ impl Open {
 
     async fn step(&mut self, config: &PostgresConfig, limit: BatchLimit) -> Result<SourceBatch> {
         let mut gathered = Gathered::default();
+        gathered.snapshots.append(&mut self.snapshots);
         self.watch(config, &mut gathered).await?;
         self.settle().await?;
         let read_chunk = self.chunk(config, limit, &mut gathered).await?;
@@ -343,6 +364,16 @@ impl Open {
         Ok(())
     }
 
+    /// Rows hold what was not sent of them: the table is read whole, if it is not about to be anyhow.
+    fn read_anew(&mut self, index: usize, gathered: &mut Gathered) {
+        let capture = &mut self.cursor.captures[index];
+        if capture.progress.state == SnapshotState::Requested {
+            return;
+        }
+        capture.progress = read_anew(&capture.id, &capture.progress);
+        gathered.snapshots.push((capture.id.clone(), capture.progress.clone()));
+    }
+
     /// Follows a table that is sent in another shape from here on.
     async fn reshape(&mut self, config: &PostgresConfig, reshaped: Reshaped, gathered: &mut Gathered) -> Result<()> {
         let Reshaped { capture: index, columns } = reshaped;
@@ -391,16 +422,13 @@ impl Open {
             }
             SchemaChange::Same => {}
             SchemaChange::Evolved { added, dropped } => {
-                let names = |fields: &[Arc<arrow::datatypes::Field>]| {
-                    fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>().join(", ")
-                };
-                tracing::info!(
-                    table = table.name,
-                    added = names(&added),
-                    dropped = names(&dropped),
-                    "the table has other columns"
-                );
+                let names = |fields: &[Arc<Field>]| fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>();
+                let (added, dropped) = (names(&added), names(&dropped));
+                tracing::info!(table = table.name, ?added, ?dropped, "the table has other columns");
                 gathered.schemas.push(CaptureInfo { id: capture.id.clone(), schema: layout.schema.clone() });
+                if catalog::hold_values(client, layout.oid, &added).await? {
+                    self.read_anew(index, gathered);
+                }
             }
         }
         gathered.cut(index)?;
@@ -547,6 +575,19 @@ async fn is_settled(
         open.clear();
     }
     Ok(waiting == 0)
+}
+
+/// Columns that the table has and the log does not know of.
+fn added(known: &Resume, layout: &Layout) -> Vec<String> {
+    match known.schema.as_ref().map(|schema| schema.change_to(&layout.schema)) {
+        Some(SchemaChange::Evolved { added, .. }) => added.iter().map(|field| field.name().clone()).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn read_anew(capture: &CaptureId, progress: &SnapshotProgress) -> SnapshotProgress {
+    tracing::info!(%capture, "an added column has values already: the table is read again");
+    SnapshotProgress::requested(progress.generation.saturating_add(1))
 }
 
 /// Whether reading can go on where `known` stands.

@@ -12,8 +12,12 @@ mod mistakes_files;
 mod mistakes_folders;
 mod mistakes_sql;
 mod own_names;
+mod postgres;
 mod printed;
 mod projections;
+#[path = "../../../shori-postgres/tests/all/server.rs"]
+#[allow(dead_code, reason = "the crate whose file it is uses all of it")]
+mod server;
 mod small;
 mod spec4;
 mod spec4_log;

@@ -1,0 +1,264 @@
+//! Pipelines over real PostgreSQL servers, end to end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokio::runtime::Runtime;
+use tokio_postgres::Client;
+
+use crate::harness::{Done, Running, World, until};
+use crate::server::Server;
+
+const TABLES: &str = "
+create table customers (customer_id bigint primary key, segment text not null, note text);
+create table orders (
+    order_id bigint primary key,
+    customer_id bigint not null,
+    amount numeric(18, 2) not null,
+    status text not null,
+    created_at timestamp not null
+);
+insert into customers select n, 'segment ' || n % 3, repeat(md5(n::text), 100) from generate_series(1, 200) as n;
+insert into orders select n, 1 + n % 200, n / 100.0, 'open', now()::timestamp from generate_series(1, 5000) as n;
+";
+
+const QUERY: &str = "
+select
+    coalesce(customers.segment, 'UNKNOWN') as segment,
+    count(*) as orders_count,
+    sum(amount) as amount_sum
+from orders
+left join customers on customers.customer_id = orders.customer_id
+group by 1
+";
+
+struct Shop {
+    world: World,
+    runtime: Runtime,
+    database: String,
+}
+
+impl Shop {
+    fn over(server: &Server) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let database = runtime.block_on(async {
+            let database = server.create_database().await;
+            server.connect(&database).await.batch_execute(TABLES).await.unwrap();
+            database
+        });
+        let configuration = format!(
+            "[pipeline]
+            name = \"shop\"
+            [[source]]
+            name = \"shop\"
+            kind = \"postgres\"
+            server = {{ host = \"127.0.0.1\", port = {}, database = \"{database}\", user = \"postgres\" }}
+            slot = \"shop_{database}\"
+            snapshot_chunk_rows = 700
+            tables.orders = {{}}
+            tables.customers = {{}}
+            [[store]]
+            name = \"serving\"
+            kind = \"duckdb\"
+            path = \"serving.duckdb\"
+            [[projection]]
+            name = \"orders_history\"
+            kind = \"history\"
+            table = \"orders\"
+            [[projection]]
+            name = \"customers_latest\"
+            kind = \"latest\"
+            table = \"customers\"
+            [[projection]]
+            name = \"orders_by_segment\"
+            kind = \"sql\"
+            sql = \"by_segment.sql\"
+            tables = [\"orders\", \"customers\"]
+            key = [\"segment\"]
+            ",
+            server.port()
+        );
+        let world = World::configured(&configuration, &[("by_segment.sql", QUERY)], "");
+        Self { world, runtime, database }
+    }
+
+    fn client(&self, server: &Server) -> Client {
+        self.runtime.block_on(server.connect(&self.database))
+    }
+
+    fn sql(&self, server: &Server, statements: &str) {
+        self.runtime.block_on(self.client(server).batch_execute(statements)).unwrap();
+    }
+
+    /// What a second writer does, until told to stop; a server that is not there is waited for.
+    fn keep_writing(&self, server: &'static Server, seed: u64) -> Writer {
+        let stop = Arc::new(AtomicBool::new(false));
+        let commits = Arc::new(AtomicU64::new(0));
+        let (stopped, committed, database) = (stop.clone(), commits.clone(), self.database.clone());
+        let task = self.runtime.spawn(async move {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let mut client = server.connect(&database).await;
+            while !stopped.load(Ordering::Relaxed) {
+                let written = client.batch_execute(&transaction(&mut rng)).await;
+                match written {
+                    Ok(()) => drop(committed.fetch_add(1, Ordering::Relaxed)),
+                    // Two writers may take each other's keys; what fails is rolled back whole.
+                    Err(error) if error.as_db_error().is_some() => {
+                        client.batch_execute("rollback").await.unwrap();
+                    }
+                    Err(_) => client = server.connect(&database).await,
+                }
+            }
+        });
+        Writer { stop, commits, task }
+    }
+
+    /// Catches up, and has every projection recomputed.
+    #[track_caller]
+    fn assert_verified(&self) {
+        self.world.succeed(&["run", "--once"]);
+        let done: Done = self.world.succeed(&["verify"]);
+        assert_eq!(done.out.matches("  ok").count(), 3, "{done:?}");
+    }
+}
+
+struct Writer {
+    stop: Arc<AtomicBool>,
+    commits: Arc<AtomicU64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Writer {
+    fn commits(&self) -> u64 {
+        self.commits.load(Ordering::Relaxed)
+    }
+
+    fn end(self, runtime: &Runtime) {
+        self.stop.store(true, Ordering::Relaxed);
+        runtime.block_on(self.task).unwrap();
+    }
+}
+
+fn transaction(rng: &mut ChaCha8Rng) -> String {
+    let mut statements = vec!["begin".to_string()];
+    for _ in 0..rng.random_range(1..8) {
+        let (id, other) = (rng.random_range(1..6000), rng.random_range(1..200));
+        statements.push(match rng.random_range(0..10) {
+            0..3 => {
+                format!("insert into orders values ({id}, {other}, {other}.25, 'new', now()) on conflict do nothing")
+            }
+            3..6 => format!("update orders set status = 'paid', amount = amount + 1 where order_id = {id}"),
+            6 => format!("delete from orders where order_id between {id} and {id} + 3"),
+            7 => format!("update orders set order_id = -order_id where order_id = {id}"),
+            8 => format!("update customers set segment = 'segment {}' where customer_id = {other}", id % 3),
+            _ => format!("savepoint s; delete from orders where order_id > {id}; rollback to savepoint s"),
+        });
+    }
+    statements.push(if rng.random_range(0..8) == 0 { "rollback".into() } else { "commit".into() });
+    statements.join("; ")
+}
+
+#[test]
+fn killed_again_and_again_a_pipeline_loses_and_doubles_nothing() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    let writers = [shop.keep_writing(server, 1), shop.keep_writing(server, 2)];
+    let written = || writers.iter().map(Writer::commits).sum::<u64>();
+    for round in 0..6 {
+        let before = written();
+        let running: Running = shop.world.run();
+        until("some commits", || (written() >= before + 60 * (1 + round)).then_some(()));
+        running.kill();
+    }
+    for writer in writers {
+        writer.end(&shop.runtime);
+    }
+    shop.assert_verified();
+}
+
+#[test]
+fn a_server_that_is_killed_is_read_on_when_it_is_back() {
+    let server: &'static Server = Box::leak(Box::new(Server::start(&[("fsync", "on")])));
+    let shop = Shop::over(server);
+    let running = shop.world.run();
+    for round in 0..3 {
+        let rows = shop.runtime.block_on(async {
+            let client = server.connect(&shop.database).await;
+            let insert = format!(
+                "insert into orders select 10000 * (1 + {round}) + n, 7, 1.5, 'late', now() from generate_series(1, 500) as n"
+            );
+            client.batch_execute(&insert).await.unwrap();
+            client.query_one("select count(*) from orders", &[]).await.unwrap().get::<_, i64>(0)
+        });
+        server.kill();
+        server.start_again();
+        let count = "select count(*) from orders_history where is_current";
+        until("the rows of this round", || {
+            (shop.world.try_query(count).ok()?[0][0].as_ref()? == &rows.to_string()).then_some(())
+        });
+    }
+    drop(running);
+    shop.assert_verified();
+    server.stop();
+}
+
+#[test]
+fn a_dropped_slot_is_a_gap_and_a_resnapshot_mends_it() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    shop.world.succeed(&["run", "--once"]);
+    shop.sql(server, &format!("select pg_drop_replication_slot('shop_{}')", shop.database));
+    shop.sql(server, "delete from orders where order_id <= 1000");
+    let done = shop.world.shori(&["run", "--once"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.err.contains("shori resnapshot orders") && done.err.contains("is gone"), "{done:?}");
+    shop.world.succeed(&["resnapshot", "orders"]);
+    shop.world.succeed(&["resnapshot", "customers"]);
+    shop.assert_verified();
+}
+
+#[test]
+fn an_added_column_flows_through_and_a_retyped_one_stops_its_table_alone() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    shop.world.succeed(&["run", "--once"]);
+    shop.sql(
+        server,
+        "alter table orders add column channel text default 'web'; update orders set amount = 2 where order_id = 1",
+    );
+    shop.assert_verified();
+    let channels = "select count(*) from orders_history where is_current and channel = 'web'";
+    assert_eq!(shop.world.value(channels), "5000");
+    shop.sql(server, "alter table orders alter column customer_id type numeric(10, 0); update orders set amount = 3 where order_id = 2");
+    shop.sql(server, "update customers set segment = 'fresh' where customer_id = 5");
+    let done = shop.world.shori(&["run", "--once"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.err.contains("shori resnapshot --retyped orders"), "{done:?}");
+    assert_eq!(shop.world.value("select segment from customers_latest where customer_id = 5"), "fresh");
+}
+
+#[test]
+fn what_is_wrong_with_a_server_is_told_with_its_remedy() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    shop.sql(server, "do $$ begin create role reader login; exception when duplicate_object then null; end $$");
+    let configuration = std::fs::read_to_string(shop.world.path("shori.toml")).unwrap();
+    let database = format!("\"{}\"", shop.database);
+    for (from, to, cause, status) in [
+        ("user = \"postgres\"", "user = \"nobody\"", "role \"nobody\" does not exist; correct user, password", 2),
+        (database.as_str(), "\"none\"", "database \"none\" does not exist", 2),
+        ("user = \"postgres\"", "user = \"reader\"", "run: grant select on public.orders to \"reader\"", 2),
+        ("tables.orders = {}", "tables.orderz = {}", "table public.orderz: it does not exist; correct its name", 2),
+        ("tables.orders = {}", "tables.orders = { columns = { amount = \"int64\" } }", "configure it as text", 1),
+        ("slot = \"", "slot = \"Bad ", "is no name of a slot", 2),
+        ("kind = \"postgres\"", "kind = \"postgres\"\npath = \"x.db\"", "which is for kind \"sqlite\"", 2),
+        ("user = \"postgres\"", "user = \"postgres\", tls = \"verify\"", "server does not support TLS", 1),
+    ] {
+        std::fs::write(shop.world.path("shori.toml"), configuration.replace(from, to)).unwrap();
+        let done = shop.world.shori(&["check"]);
+        assert!(done.err.contains(cause), "{to}: {done:?}");
+        assert_eq!(done.status, Some(status), "{to}: {done:?}");
+    }
+}
