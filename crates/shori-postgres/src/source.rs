@@ -417,11 +417,17 @@ impl Open {
         index: usize,
         gathered: &mut Gathered,
     ) -> Result<()> {
-        let Message::Update { new, .. } = message else {
+        let Message::Update { old, new, .. } = message else {
             return Err(Error::new(ErrorKind::Internal, "complete", "a row", "it is no update"));
         };
         let capture = &self.cursor.captures[index];
-        let values: Vec<Value<'_>> = new.iter().collect();
+        let mut values: Vec<Value<'_>> = new.iter().collect();
+        // A key that is kept out of line and unchanged is in the old row.
+        for (value, old) in values.iter_mut().zip(old.tuple().iter().flat_map(|old| old.iter())) {
+            if *value == Value::Unchanged {
+                *value = old;
+            }
+        }
         let key: Vec<Value<'_>> =
             capture.layout.schema.key.iter().filter_map(|column| values.get(*column).copied()).collect();
         let transaction = snapshot::begin(&mut self.session.client).await?;
