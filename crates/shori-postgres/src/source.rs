@@ -184,9 +184,10 @@ impl Open {
         check_reaches(config, &facts, positions::read_on_at(&furthest)?)?;
         // Where nothing older is needed, reading begins where the slot does.
         let fresh = positions::of_boundary(slot.forgotten_to)?.max(furthest);
+        let told = resume.values().map(|known| known.watermark.boundary).max().unwrap_or(Position::ZERO);
         let fresh = Watermark {
             staged: fresh,
-            boundary: fresh,
+            boundary: if positions::is_between_commits(&fresh) { fresh } else { told },
             boundary_time: resume.values().map(|known| known.watermark.boundary_time).max().unwrap_or(0),
         };
         let watermark = lowest.unwrap_or(fresh);
@@ -453,6 +454,14 @@ impl Open {
             return Ok(false);
         }
         let Some(index) = self.cursor.captures.iter().position(Capture::needs_snapshot) else { return Ok(false) };
+        let (read_to, before) = (self.cursor.read_to, self.cursor.watermark.staged);
+        // A transaction that was read in part comes again before anything else, and what a capture has already of what
+        // is read again.
+        let above = before.max(self.furthest);
+        let chunk = positions::next_chunk(read_to, &above);
+        if positions::of_chunk_row(read_to, chunk, 0)? <= above {
+            return Ok(false);
+        }
         let transaction = snapshot::begin(&mut self.session.client).await?;
         let sight = Sight::of(&transaction).await?;
         let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
@@ -462,12 +471,10 @@ impl Open {
             return Ok(false);
         }
         self.cursor.unsettled.clear();
-        let read_to = self.cursor.read_to;
-        let before = self.cursor.watermark.staged;
         let capture = &self.cursor.captures[index];
         let place = snapshot::Place {
             read_to,
-            chunk: positions::next_chunk(read_to, &before.max(self.furthest)),
+            chunk,
             before,
             time: sight.time,
             filter: self.published.get(&capture.table.name).and_then(|published| published.filter.as_deref()),
