@@ -83,13 +83,33 @@ impl Sight {
             select
                 pg_catalog.pg_current_snapshot()::text,
                 pg_catalog.pg_current_wal_insert_lsn(),
-                (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8";
+                (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8,
+                pg_catalog.current_setting('wal_block_size')::int8,
+                pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size'))";
         let row =
             client.query_one(query, &[]).await.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?;
         let text: String = row.get(0);
         let visibility = Visibility::parse(&text)
             .ok_or_else(|| Error::new(ErrorKind::Data, "read", "the server's snapshot", format!("{text:?} is none")))?;
-        Ok(Self { visibility, wal_end: u64::from(row.get::<_, PgLsn>(1)), time: row.get(2) })
+        let (page, file): (i64, i64) = (row.get(3), row.get(4));
+        let wal_end = end_of_record(row.get::<_, PgLsn>(1).into(), page.unsigned_abs(), file.unsigned_abs());
+        Ok(Self { visibility, wal_end, time: row.get(2) })
+    }
+}
+
+/// Where the last record ends, given where the next one is to begin: behind a header, if that is on a new page. At rest
+/// the log is read up to the one, and not to the other. Header sizes: `XLogPageHeaderData` and, first in a file,
+/// `XLogLongPageHeaderData`.
+fn end_of_record(next: WalLocation, page_bytes: u64, file_bytes: u64) -> WalLocation {
+    const HEADER: u64 = 24;
+    const FILE_HEADER: u64 = 40;
+    let offset = |bytes: u64| next.checked_rem(bytes).unwrap_or(0);
+    if offset(file_bytes) == FILE_HEADER {
+        next - FILE_HEADER
+    } else if offset(page_bytes) == HEADER {
+        next - HEADER
+    } else {
+        next
     }
 }
 
@@ -479,6 +499,20 @@ mod tests {
         }
         assert!(Visibility::parse("10:10:").unwrap().running.is_empty());
         assert!(["", "1", "1:2", "1:x:", "1:2:x"].into_iter().all(|text| Visibility::parse(text).is_none()));
+    }
+
+    #[test]
+    fn a_record_ends_before_the_header_of_the_next_page() {
+        let (page, file) = (8192, 16 << 20);
+        for (next, end) in [
+            (3 * file + 40, 3 * file),
+            (3 * file + 48, 3 * file + 48),
+            (3 * file + 5 * page + 24, 3 * file + 5 * page),
+            (3 * file + 5 * page + 40, 3 * file + 5 * page + 40),
+            (3 * file + 5 * page, 3 * file + 5 * page),
+        ] {
+            assert_eq!(end_of_record(next, page, file), end);
+        }
     }
 
     #[test]
