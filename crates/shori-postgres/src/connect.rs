@@ -204,6 +204,8 @@ const CREDENTIALS: &str = "correct user, password or database in the configurati
 /// `operation` on `object` failed in the server, or on the way.
 pub(crate) fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Error) -> Error {
     let (kind, remedy) = match cause.code() {
+        // What the library itself finds: no password, or a server that proves to be another.
+        None if is_of_configuration(&cause) => (ErrorKind::Usage, Some(CREDENTIALS)),
         None => (ErrorKind::Unavailable, None),
         Some(code) => kind_of(code),
     };
@@ -219,6 +221,12 @@ pub(crate) fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Er
         Some(remedy) => error.with_remedy(remedy),
         None => error,
     }
+}
+
+/// The library tells its own kinds apart by their text only.
+fn is_of_configuration(cause: &tokio_postgres::Error) -> bool {
+    let told = cause.to_string();
+    told.starts_with("invalid configuration") || told.starts_with("authentication error")
 }
 
 /// What an error's class (PostgreSQL documentation, appendix A) means to the engine.
