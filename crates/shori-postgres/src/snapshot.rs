@@ -23,7 +23,7 @@ use tokio_postgres::types::{FromSql, PgLsn, Type};
 use tokio_postgres::{Client, Transaction};
 
 use crate::batch::BatchBuilder;
-use crate::catalog::Layout;
+use crate::catalog::{Layout, columns_gone};
 use crate::connect::{quoted, sql_error};
 use crate::message::{Value, WalLocation};
 use crate::positions;
@@ -161,6 +161,7 @@ pub(crate) async fn read_chunk(
         builder: BatchBuilder::new(capture.id.clone(), layout)?,
         rejected: Vec::new(),
         rows: 0,
+        gone: columns_gone(transaction, layout).await?,
     };
     let mut bookmark = Bookmark::decode(&progress.resume)?.filter(|bookmark| bookmark.table == layout.oid);
     let ended = loop {
@@ -191,6 +192,8 @@ struct Reader<'a> {
     builder: BatchBuilder,
     rejected: Vec<Rejected>,
     rows: u32,
+    /// Columns that the table has no more.
+    gone: Vec<bool>,
 }
 
 /// A table or partition with storage of its own, and where to read on in it.
@@ -290,7 +293,7 @@ impl Reader<'_> {
                 from only {}.{}
                 where ctid >= '({},{})'::tid and ctid < '({end},0)'::tid{filter}
             ) to stdout (format binary)",
-            selected(&self.capture.layout),
+            selected(&self.capture.layout, &self.gone),
             quoted(&schema),
             quoted(&table),
             from.block,
@@ -321,8 +324,13 @@ impl Reader<'_> {
 }
 
 /// Columns of a table for a query, each as it is decoded.
-pub(crate) fn selected(layout: &Layout) -> String {
-    let column = |column: &crate::catalog::Column| {
+///
+/// Those that are gone since are null: so they are in all images to come.
+pub(crate) fn selected(layout: &Layout, gone: &[bool]) -> String {
+    let column = |(index, column): (usize, &crate::catalog::Column)| {
+        if gone.get(index) == Some(&true) {
+            return "null".into();
+        }
         let name = quoted(&column.name);
         // What the type's output function prints: a cast to text may print something else.
         if column.needs_text() {
@@ -331,7 +339,7 @@ pub(crate) fn selected(layout: &Layout) -> String {
             name
         }
     };
-    layout.columns.iter().map(column).collect::<Vec<_>>().join(", ")
+    layout.columns.iter().enumerate().map(column).collect::<Vec<String>>().join(", ")
 }
 
 /// A selected column's value.
@@ -422,12 +430,13 @@ pub(crate) async fn read_row(
     key: &[Value<'_>],
 ) -> Result<Option<Vec<Option<Bytes>>>> {
     let layout = &capture.layout;
+    let gone = columns_gone(transaction, layout).await?;
     let conditions: Vec<String> = (layout.schema.key.iter().enumerate())
         .map(|(place, index)| format!("{} = ${}", quoted(&layout.columns[*index].name), place + 1))
         .collect();
     let query = format!(
         "select {} from {}.{} where {}",
-        selected(layout),
+        selected(layout, &gone),
         quoted(&capture.schema_name),
         quoted(&capture.table.name),
         conditions.join(" and ")

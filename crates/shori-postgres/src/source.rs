@@ -433,7 +433,16 @@ impl Open {
             capture.layout.schema.key.iter().filter_map(|column| values.get(*column).copied()).collect();
         let transaction = snapshot::begin(&mut self.session.client).await?;
         let sight = Sight::of(&transaction).await?;
-        let found = snapshot::read_row(&transaction, capture, &key).await?;
+        let found = match snapshot::read_row(&transaction, capture, &key).await {
+            Ok(found) => found,
+            Err(error) if error.kind() == ErrorKind::Schema => {
+                drop(transaction);
+                self.fail(index, error, gathered)?;
+                // Its places are taken all the same.
+                return self.cursor.take(message, raw, None, gathered).map(|_| ());
+            }
+            Err(error) => return Err(error),
+        };
         transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
         let layout = capture.layout.clone();
         let whole: Vec<Value<'_>> = match &found {
@@ -485,7 +494,7 @@ impl Open {
         let chunk = match snapshot::read_chunk(&transaction, capture, &place, limit).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
-            Err(error) if matches!(error.kind(), ErrorKind::Data | ErrorKind::Refused | ErrorKind::Usage) => {
+            Err(error) if matches!(error.kind(), ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage) => {
                 drop(transaction);
                 self.fail(index, error, gathered)?;
                 return Ok(true);
