@@ -150,9 +150,9 @@ impl Open {
         let mut types = Types::default();
         let found = catalog::tables(client, config, &mut types).await?;
         let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-        let published = setup::publication(client, config, &names).await?;
+        let (published, made) = setup::publication(client, config, &names).await?;
         let has_begun = |known: &Resume| known.snapshot.state != SnapshotState::Requested;
-        let slot = setup::slot(client, config, resume.values().any(has_begun)).await?;
+        let slot = setup::slot(client, config, made, resume.values().any(has_begun)).await?;
         let id = |name: &str| CaptureId::new(&config.source_name, name);
         let mut failed: Vec<_> = found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect();
         let mut captures = Vec::with_capacity(found.layouts.len());
@@ -655,8 +655,8 @@ pub async fn install(config: &PostgresConfig) -> Result<(Vec<String>, Vec<Error>
     Facts::read(client, config).await?;
     let found = catalog::tables(client, config, &mut Types::default()).await?;
     let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-    setup::publication(client, config, &names).await?;
-    setup::slot(client, config, false).await?;
+    let (_, made) = setup::publication(client, config, &names).await?;
+    setup::slot(client, config, made, false).await?;
     let unique: BTreeSet<String> = names.into_iter().collect();
     Ok((unique.into_iter().collect(), found.failed.into_iter().map(|(_, error)| error).collect()))
 }
