@@ -230,6 +230,7 @@ async fn a_column_dropped_since_does_not_stop_the_completion_of_a_row() {
     reader.source = None;
     reader.sql("update items set name = 'b' where id > 100").await;
     reader.sql("alter table items drop column size").await;
+    reader.sql("update items set name = 'c' where id = 1").await;
     reader.start().await;
     reader.read().await;
     assert!(reader.failed.is_empty(), "{:?}", reader.failed);
