@@ -29,7 +29,8 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_WAIT: Duration = Duration::from_millis(20);
 /// Shortest time between two looks at what is published.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
-/// How long a transaction that was open at start may be about to be visible, unless it waits for a standby.
+/// How long a transaction that was open at start may be about to be visible, unless it waits for a standby, or a table is
+/// to be read that may have been published since the transaction wrote to it.
 const GRACE: Duration = Duration::from_secs(2);
 /// Transactions read, beyond which it is asked which of them every new snapshot shows.
 const UNSETTLED_MAX: usize = 10_000;
@@ -39,6 +40,14 @@ pub struct PostgresSource {
     config: Arc<PostgresConfig>,
     timeline: Arc<str>,
     open: Option<Open>,
+}
+
+/// Transactions that were open at start.
+struct OpenAtStart {
+    ids: Vec<u64>,
+    /// Until when they are waited for; for tables that may just have been published, until they end: what such a
+    /// transaction wrote before is in no stream.
+    until: Option<Instant>,
 }
 
 struct Open {
@@ -54,8 +63,8 @@ struct Open {
     idle: Option<WalLocation>,
     idle_told: Instant,
     watched: Instant,
-    /// Transactions that were open at start and may have been read before; and until when they are waited for.
-    open_at_start: (Vec<u64>, Instant),
+    /// Those of them that may have been read before.
+    open_at_start: OpenAtStart,
     /// The furthest that any capture was staged at start; chunks stand above it.
     furthest: Position,
     /// A call was dropped before it had ended: what it had read is lost.
@@ -201,6 +210,7 @@ impl Open {
             .iter()
             .map(|capture| CaptureInfo { id: capture.id.clone(), schema: capture.layout.schema.clone() });
         let started = Started { identity: facts.identity, captures: infos.collect(), failed };
+        let is_wanted_whole = captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
         let mut cursor = Cursor::new(captures, watermark, from);
         if is_partly_read {
             // What was read under snapshots may show commits up to here, and it is not remembered up to which.
@@ -218,7 +228,10 @@ impl Open {
             idle: None,
             idle_told: now - IDLE_INTERVAL,
             watched: now,
-            open_at_start: (sight.visibility.running, now + GRACE),
+            open_at_start: OpenAtStart {
+                ids: sight.visibility.running,
+                until: (!is_wanted_whole).then_some(now + GRACE),
+            },
             furthest,
             interrupted: false,
         };
@@ -549,14 +562,14 @@ impl Open {
 async fn is_settled(
     transaction: &tokio_postgres::Transaction<'_>,
     sight: &Sight,
-    open_at_start: &mut (Vec<u64>, Instant),
+    open_at_start: &mut OpenAtStart,
 ) -> Result<bool> {
-    let (open, until) = open_at_start;
+    let OpenAtStart { ids: open, until } = open_at_start;
     open.retain(|id| sight.visibility.running.contains(id));
     if open.is_empty() {
         return Ok(true);
     }
-    if Instant::now() < *until {
+    if until.is_none_or(|until| Instant::now() < until) {
         return Ok(false);
     }
     let query = "select count(*) from pg_catalog.pg_stat_activity where wait_event = 'SyncRep'";
