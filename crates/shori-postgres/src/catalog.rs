@@ -224,6 +224,19 @@ pub(crate) async fn layout(
     layout_of(table, oid, sent, &key, types)
 }
 
+impl Layout {
+    /// With the columns that are published only: nothing else of the table is read.
+    pub fn published(self, table: &PostgresTable, columns: &[String], types: &Types) -> Result<Self> {
+        if self.columns.iter().all(|column| columns.contains(&column.name)) {
+            return Ok(self);
+        }
+        let key: Vec<String> = self.schema.key_names().into_iter().map(String::from).collect();
+        let sent = self.columns.into_iter().filter(|column| columns.contains(&column.name));
+        let sent = sent.map(|Column { name, type_oid, modifier, nullable, .. }| Sent { name, type_oid, modifier, nullable });
+        layout_of(table, self.oid, sent.collect(), &key, types)
+    }
+}
+
 /// Columns of `layout` that the table has no more, as the statement's snapshot shows it: what is read of the table now
 /// lacks them. Fails where one has another type now.
 pub(crate) async fn columns_gone(

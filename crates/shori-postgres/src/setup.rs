@@ -74,6 +74,8 @@ pub(crate) enum Made {
 pub(crate) struct Published {
     /// Which rows, as a condition; all if `None`.
     pub filter: Option<String>,
+    /// Which columns; all if `None`.
+    pub columns: Option<Vec<String>>,
 }
 
 /// The captured tables that the publication has; it is made, or made whole, where the configuration lets Shori do so.
@@ -131,13 +133,18 @@ pub(crate) async fn publication(
 /// What of the source's schema is published.
 pub(crate) async fn published(client: &Client, config: &PostgresConfig) -> Result<BTreeMap<String, Published>> {
     let fail = |cause| sql_error("look at", &format!("publication {}", config.publication), cause);
-    // Row filters are new in 15: through JSON, older servers need no query of their own.
+    // Row filters and column lists are new in 15: through JSON, older servers need no query of their own.
     let query = "
-        select tablename::text, to_jsonb(p) ->> 'rowfilter'
+        select
+            tablename::text,
+            to_jsonb(p) ->> 'rowfilter',
+            case when jsonb_typeof(to_jsonb(p) -> 'attnames') = 'array' then
+                array(select jsonb_array_elements_text(to_jsonb(p) -> 'attnames'))
+            end
         from pg_catalog.pg_publication_tables p
         where pubname = $1 and schemaname = $2";
     let rows = client.query(query, &[&config.publication, &config.schema]).await.map_err(fail)?;
-    Ok(rows.iter().map(|row| (row.get(0), Published { filter: row.get(1) })).collect())
+    Ok(rows.iter().map(|row| (row.get(0), Published { filter: row.get(1), columns: row.get(2) })).collect())
 }
 
 fn must_manage(config: &PostgresConfig, cause: String, statement: &str) -> Result<()> {

@@ -169,6 +169,18 @@ impl Open {
         let (mut furthest, mut is_partly_read) = (Position::ZERO, false);
         for (table, layout) in found.layouts {
             let id = id(&table.name);
+            let columns = published.get(&table.name).and_then(|published| published.columns.as_ref());
+            let only = match columns {
+                Some(columns) => layout.published(&table, columns, &types),
+                None => Ok(layout),
+            };
+            let layout = match only {
+                Ok(layout) => layout,
+                Err(error) => {
+                    failed.push((id, error));
+                    continue;
+                }
+            };
             let known = resume.get(&id);
             let watermark = known.map_or(Watermark::ZERO, |known| known.watermark);
             furthest = furthest.max(watermark.staged);
