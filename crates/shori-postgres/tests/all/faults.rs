@@ -104,7 +104,9 @@ async fn a_peer_that_keeps_silent_is_given_up() {
 async fn drop_slot(reader: &mut Reader) {
     reader.source = None;
     let slot = reader.config.slot.clone();
-    reader.wait_for(&format!("not exists (select from pg_replication_slots where slot_name = '{slot}' and active)")).await;
+    reader
+        .wait_for(&format!("not exists (select from pg_replication_slots where slot_name = '{slot}' and active)"))
+        .await;
     reader.sql(&format!("select pg_drop_replication_slot('{slot}')")).await;
 }
 
@@ -196,13 +198,25 @@ async fn an_older_copy_of_the_server_is_not_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn another_server_under_the_same_name_has_another_identity() {
+    let identity = async |server: Server| {
+        let reader = on(&server).await;
+        let mut source = shori_postgres::PostgresSource::new(reader.config.clone());
+        source.start(&reader.stored.known).await.unwrap().identity
+    };
+    assert_ne!(identity(Server::start(&[])).await, identity(Server::start_unrelated(&[])).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_log_without_row_images_is_refused_with_what_to_run() {
     let server = Server::start(&[("wal_level", "replica")]);
     let mut reader = on(&server).await;
     let error = reader.try_start().await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
     let remedy = error.remedy().unwrap().to_string();
-    assert!(inspect(&reader.config).await.unwrap().problems.iter().any(|problem| problem.to_string().contains(&remedy)));
+    assert!(
+        inspect(&reader.config).await.unwrap().problems.iter().any(|problem| problem.to_string().contains(&remedy))
+    );
     let statement = remedy.strip_prefix("run: ").unwrap().split(';').next().unwrap();
     reader.sql(statement).await;
     server.stop();

@@ -337,7 +337,9 @@ impl Reader {
     pub async fn printed(&self, query: &str) -> Vec<Printed> {
         let answers = self.client.simple_query(query).await.unwrap();
         let rows = answers.iter().filter_map(|answer| match answer {
-            SimpleQueryMessage::Row(row) => Some((0..row.len()).map(|index| row.get(index).map(String::from)).collect()),
+            SimpleQueryMessage::Row(row) => {
+                Some((0..row.len()).map(|index| row.get(index).map(String::from)).collect())
+            }
             _ => None,
         });
         let mut rows: Vec<Printed> = rows.collect();

@@ -57,9 +57,11 @@ async fn what_was_rolled_back_is_not_there_and_what_is_empty_moves_on() {
     reader.sql("begin; insert into items values (1, 'no'); rollback").await;
     reader.sql("begin; commit").await;
     reader
-        .sql("begin; insert into items values (1, 'a'); savepoint s; insert into items values (2, 'no'); \
+        .sql(
+            "begin; insert into items values (1, 'a'); savepoint s; insert into items values (2, 'no'); \
               update items set name = 'no' where id = 1; rollback to s; savepoint t; \
-              insert into items values (3, 'c'); release t; commit")
+              insert into items values (3, 'c'); release t; commit",
+        )
         .await;
     reader.read().await;
     assert_eq!(shown(&reader.rows("items")), "1,a 3,c");
@@ -100,8 +102,10 @@ async fn transactions_are_split_by_limits_and_never_half_visible() {
     reader.start().await;
     reader.read().await;
     reader
-        .sql("begin; insert into items select i, 'a' from generate_series(1, 500) i; \
-              insert into parts select i, 'p', i from generate_series(1, 500) i; commit")
+        .sql(
+            "begin; insert into items select i, 'a' from generate_series(1, 500) i; \
+              insert into parts select i, 'p', i from generate_series(1, 500) i; commit",
+        )
         .await;
     reader.sql("begin; update items set name = 'b'; delete from parts where a > 400; commit").await;
     reader.try_read(BatchLimit { rows: 7, bytes: 1 << 20 }).await.unwrap();
@@ -198,13 +202,16 @@ async fn a_key_that_is_kept_out_of_line_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn full_identity_brings_large_values_from_the_old_row() {
-    let sql = "create table files (id bigint primary key, name text, body text); alter table files replica identity full";
+    let sql =
+        "create table files (id bigint primary key, name text, body text); alter table files replica identity full";
     let mut reader = Reader::fresh(sql, &["files"]).await;
     reader.start().await;
     reader.sql(&format!("insert into files values (1, 'a', {})", incompressible("'x'", 100_000))).await;
     reader.sql("insert into files values (2, null, null)").await;
     reader.read().await;
-    reader.sql("update files set name = 'b'; update files set id = 3 where id = 1; delete from files where id = 2").await;
+    reader
+        .sql("update files set name = 'b'; update files set id = 3 where id = 1; delete from files where id = 2")
+        .await;
     reader.read().await;
     assert!(reader.log("files").iter().all(|row| row.unchanged.is_empty()));
     use Op::{Delete, Insert, Snapshot, UpdateAfter, UpdateBefore};

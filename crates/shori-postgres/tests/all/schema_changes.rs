@@ -35,10 +35,22 @@ async fn failed(reader: &mut Reader) -> Error {
 async fn columns_come_and_go() {
     let mut reader = two().await;
     for (change, sql) in [
-        ("alter table items add column note text", "insert into items values (2, 'b', 20, 'n'); update items set note = 'm'"),
-        ("alter table items add column flag boolean default true", "insert into items (id) values (3); update items set name = 'z'"),
-        ("alter table items drop column size", "insert into items values (4, 'd', 'o', false); update items set name = 'y'"),
-        ("alter table items rename column note to remark", "insert into items (id, remark) values (5, 'p'); update items set name = 'x'"),
+        (
+            "alter table items add column note text",
+            "insert into items values (2, 'b', 20, 'n'); update items set note = 'm'",
+        ),
+        (
+            "alter table items add column flag boolean default true",
+            "insert into items (id) values (3); update items set name = 'z'",
+        ),
+        (
+            "alter table items drop column size",
+            "insert into items values (4, 'd', 'o', false); update items set name = 'y'",
+        ),
+        (
+            "alter table items rename column note to remark",
+            "insert into items (id, remark) values (5, 'p'); update items set name = 'x'",
+        ),
         ("alter table items alter column name type varchar(40)", "update items set name = 'w'"),
     ] {
         reader.sql(change).await;
@@ -59,9 +71,11 @@ async fn columns_change_in_the_middle_of_a_transaction() {
     let mut reader = two().await;
     reader.source = None;
     reader
-        .sql("begin; insert into items values (2, 'b', 20); alter table items add column note text; \
+        .sql(
+            "begin; insert into items values (2, 'b', 20); alter table items add column note text; \
               insert into items values (3, 'c', 30, 'n'); alter table items drop column size; \
-              insert into items values (4, 'd', 'o'); update items set note = 'all'; commit")
+              insert into items values (4, 'd', 'o'); update items set note = 'all'; commit",
+        )
         .await;
     for rows in [1, 1, 2] {
         reader.start().await;
@@ -96,15 +110,7 @@ async fn a_retyped_column_stops_its_table_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_made_anew_or_renamed_is_another() {
-    for (sql, back) in [
-        ("alter table items rename to old_items", "alter table old_items rename to items"),
-        ("drop table items", "create table items (id bigint primary key, name text, size int); insert into items values (9, 'z', 9)"),
-        (
-            "drop table items; create table items (id bigint primary key, name text, size int); \
-             alter publication shori add table items; insert into items values (9, 'z', 9)",
-            "",
-        ),
-    ] {
+    let is_told = async |(sql, back): (&str, &str)| {
         let mut reader = two().await;
         reader.sql(sql).await;
         let error = failed(&mut reader).await;
@@ -115,7 +121,21 @@ async fn a_table_that_is_made_anew_or_renamed_is_another() {
         reader.start().await;
         reader.read().await;
         reader.assert_equal("items").await;
-    }
+    };
+    // At once: each takes as long as it takes until the publication is looked at.
+    let cases = [
+        ("alter table items rename to old_items", "alter table old_items rename to items"),
+        (
+            "drop table items",
+            "create table items (id bigint primary key, name text, size int); insert into items values (9, 'z', 9)",
+        ),
+        (
+            "drop table items; create table items (id bigint primary key, name text, size int); \
+             alter publication shori add table items; insert into items values (9, 'z', 9)",
+            "",
+        ),
+    ];
+    futures::future::join_all(cases.map(is_told)).await;
 }
 
 /// While nobody reads, too.
@@ -186,8 +206,7 @@ async fn domains_and_enums_are_carried_and_other_types_as_text_only() {
     reader.read().await;
     let rows = shown(&reader.rows("items"));
     assert_eq!(
-        rows,
-        "1,Decimal(150),sad,1 day 02:00:00 2,Decimal(225),so so,-1 mons 3,-,-,-",
+        rows, "1,Decimal(150),sad,1 day 02:00:00 2,Decimal(225),so so,-1 mons 3,-,-,-",
         "read by both the snapshot and the stream"
     );
 }
@@ -241,7 +260,10 @@ async fn a_column_dropped_since_does_not_stop_the_completion_of_a_row() {
 async fn a_table_that_cannot_be_told_apart_is_refused_and_its_neighbour_read() {
     for (sql, remedy) in [
         ("create table items (id bigint)", "add one"),
-        ("create table items (id bigint primary key); alter table items replica identity nothing", "replica identity default"),
+        (
+            "create table items (id bigint primary key); alter table items replica identity nothing",
+            "replica identity default",
+        ),
         ("create unlogged table items (id bigint primary key)", "set logged"),
         ("create view items as select 1 as id", ""),
     ] {

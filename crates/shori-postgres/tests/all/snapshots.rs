@@ -10,7 +10,8 @@ use crate::writers::{Writers, seed, transfer};
 
 const ACCOUNTS: i64 = 20_000;
 const COLUMNS: &str = "id bigint primary key, owner bigint, balance bigint not null, note text";
-const FILLED: &str = "insert into accounts select i, i % 1000, 100, repeat('n', (i % 200)::int) from generate_series(0, 19999) i;";
+const FILLED: &str =
+    "insert into accounts select i, i % 1000, 100, repeat('n', (i % 200)::int) from generate_series(0, 19999) i;";
 
 fn accounts() -> String {
     format!("create table accounts ({COLUMNS}) with (fillfactor = 70); create index on accounts (owner); {FILLED}")
@@ -283,7 +284,9 @@ async fn unchanged_large_values_are_completed_while_the_table_is_read() {
         reader.start().await;
         let step = |rows: u64| move |reader: &Reader| reader.snapshot("files").rows >= rows;
         reader.read_until("some chunks are read", step(50)).await;
-        reader.sql("delete from files where id % 3 = 0 and id < 100; update files set name = 'b' where id % 2 = 0").await;
+        reader
+            .sql("delete from files where id % 3 = 0 and id < 100; update files set name = 'b' where id % 2 = 0")
+            .await;
         reader.sql("vacuum files").await;
         reader.sql("update files set name = 'c' where id > 300; update files set id = -id where id > 350").await;
         reader.read_until("more chunks are read", step(150)).await;

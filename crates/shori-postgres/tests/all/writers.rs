@@ -77,7 +77,8 @@ impl Writers {
 /// Moves money between two accounts of `accounts (id, owner, balance, note)`, so that their sum stays; now and then a
 /// row gets longer or shorter, or its indexed column another value, so that it moves in the table.
 pub fn transfer(random: &mut ChaCha8Rng, accounts: i64) -> String {
-    let (from, to, amount) = (random.random_range(0..accounts), random.random_range(0..accounts), random.random_range(1..100));
+    let (from, to, amount) =
+        (random.random_range(0..accounts), random.random_range(0..accounts), random.random_range(1..100));
     let more = match random.random_range(0..4) {
         0 => format!(", note = repeat('x', {})", random.random_range(0..400)),
         1 => format!(", owner = {}", random.random_range(0..1000)),
@@ -86,6 +87,7 @@ pub fn transfer(random: &mut ChaCha8Rng, accounts: i64) -> String {
     // In the order of their keys: deadlocks only cost time.
     let (low, high) = ((from, -amount), (to, amount));
     let (low, high) = if low.0 <= high.0 { (low, high) } else { (high, low) };
-    let update = |(id, amount): (i64, i64)| format!("update accounts set balance = balance + {amount}{more} where id = {id}");
+    let update =
+        |(id, amount): (i64, i64)| format!("update accounts set balance = balance + {amount}{more} where id = {id}");
     format!("{}; {}", update(low), update(high))
 }
