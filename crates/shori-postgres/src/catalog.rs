@@ -232,17 +232,15 @@ impl Layout {
         }
         let key: Vec<String> = self.schema.key_names().into_iter().map(String::from).collect();
         let sent = self.columns.into_iter().filter(|column| columns.contains(&column.name));
-        let sent = sent.map(|Column { name, type_oid, modifier, nullable, .. }| Sent { name, type_oid, modifier, nullable });
+        let sent =
+            sent.map(|Column { name, type_oid, modifier, nullable, .. }| Sent { name, type_oid, modifier, nullable });
         layout_of(table, self.oid, sent.collect(), &key, types)
     }
 }
 
 /// Columns of `layout` that the table has no more, as the statement's snapshot shows it: what is read of the table now
 /// lacks them. Fails where one has another type now.
-pub(crate) async fn columns_gone(
-    client: &impl tokio_postgres::GenericClient,
-    layout: &Layout,
-) -> Result<Vec<bool>> {
+pub(crate) async fn columns_gone(client: &impl tokio_postgres::GenericClient, layout: &Layout) -> Result<Vec<bool>> {
     let query = "
         select attname::text, atttypid
         from pg_catalog.pg_attribute

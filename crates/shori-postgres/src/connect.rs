@@ -57,6 +57,9 @@ const SYSTEM_ROOTS: [&str; 4] = [
     "/etc/ssl/cert.pem",
 ];
 
+/// How long the network may leave what was sent unconfirmed.
+const SILENCE_MAX: Duration = Duration::from_secs(25);
+
 /// What makes values print as they are read here, the same on both kinds of connection.
 pub(crate) const SESSION_SETTINGS: [(&str, &str); 6] = [
     ("datestyle", "ISO, YMD"),
@@ -99,7 +102,8 @@ impl Server {
             .user(&self.user)
             .application_name("shori")
             .connect_timeout(self.connect_timeout)
-            .keepalives_idle(Duration::from_secs(30));
+            .keepalives_idle(Duration::from_secs(30))
+            .tcp_user_timeout(SILENCE_MAX);
         if let Some(password) = &self.password {
             config.password(password.reveal());
         }

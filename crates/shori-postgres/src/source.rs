@@ -32,6 +32,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 /// How long a transaction that was open at start may be about to be visible, unless it waits for a standby, or a table is
 /// to be read that may have been published since the transaction wrote to it.
 const GRACE: Duration = Duration::from_secs(2);
+/// What a statement's answer may take longer than the server's own limit for the statement.
+const ANSWER_GRACE: Duration = Duration::from_secs(5);
 /// Transactions read, beyond which it is asked which of them every new snapshot shows.
 const UNSETTLED_MAX: usize = 10_000;
 
@@ -143,8 +145,9 @@ impl Source for PostgresSource {
     }
 
     async fn head(&mut self) -> Result<Head> {
+        let config = self.config.clone();
         let open = self.opened()?;
-        let wal_end = setup::wal_end(&open.session.client).await?;
+        let wal_end = answered(&config, setup::wal_end(&open.session.client)).await?;
         let watermark = open.cursor.watermark;
         let boundary = positions::of_boundary(wal_end)?.max(watermark.staged);
         Ok(Head { boundary, time: watermark.boundary_time.max(open.cursor.held_time), changes_waiting: None })
@@ -266,8 +269,8 @@ impl Open {
 
     async fn step(&mut self, config: &PostgresConfig, limit: BatchLimit) -> Result<SourceBatch> {
         let mut gathered = Gathered::default();
-        self.watch(config, &mut gathered).await?;
-        self.settle().await?;
+        answered(config, self.watch(config, &mut gathered)).await?;
+        answered(config, self.settle()).await?;
         let read_chunk = self.chunk(config, limit, &mut gathered).await?;
         if !read_chunk {
             self.stream(config, limit, &mut gathered).await?;
@@ -343,11 +346,11 @@ impl Open {
         match self.cursor.take(&message, raw, None, gathered)? {
             Next::GoOn => Ok(false),
             Next::Reshaped(reshaped) => {
-                self.reshape(config, reshaped, gathered).await?;
+                answered(config, self.reshape(config, reshaped, gathered)).await?;
                 Ok(!gathered.is_empty() || !gathered.schemas.is_empty())
             }
             Next::Incomplete { capture } => {
-                self.complete(&message, raw, capture, gathered).await?;
+                answered(config, self.complete(&message, raw, capture, gathered)).await?;
                 Ok(false)
             }
             Next::Lost { capture, cause } => {
@@ -496,8 +499,8 @@ impl Open {
         if positions::of_chunk_row(read_to, chunk, 0)? <= above {
             return Ok(false);
         }
-        let transaction = snapshot::begin(&mut self.session.client).await?;
-        let sight = Sight::of(&transaction).await?;
+        let transaction = answered(config, snapshot::begin(&mut self.session.client)).await?;
+        let sight = answered(config, Sight::of(&transaction)).await?;
         let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
         if unseen || !is_settled(&transaction, &sight, &mut self.open_at_start).await? {
             drop(transaction);
@@ -519,7 +522,12 @@ impl Open {
         let chunk = match snapshot::read_chunk(&transaction, capture, &place, limit).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
-            Err(error) if matches!(error.kind(), ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage
+                ) =>
+            {
                 drop(transaction);
                 self.fail(index, error, gathered)?;
                 return Ok(true);
@@ -566,6 +574,15 @@ impl Open {
         }
         Ok(())
     }
+}
+
+/// The outcome of statements that each end within the server's own limit, or that the server keeps silent.
+async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
+    let at_most = config.server.statement_timeout + ANSWER_GRACE;
+    tokio::time::timeout(at_most, statements).await.unwrap_or_else(|_| {
+        let cause = format!("it has not answered for {} s", at_most.as_secs());
+        Err(Error::new(ErrorKind::Unavailable, "ask", config.server.name(), cause))
+    })
 }
 
 /// Whether no transaction that was open at start can have been read before without being visible yet.

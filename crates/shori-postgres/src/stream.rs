@@ -336,9 +336,12 @@ impl Cursor {
             return Ok(Next::Incomplete { capture: index });
         }
         match old.tuple().filter(|_| moved) {
-            Some(tuple) => {
-                drop(self.image(RowImage { relation, op: Op::UpdateBefore, tuple, old: OldRow::Unknown }, raw, None, into)?)
-            }
+            Some(tuple) => drop(self.image(
+                RowImage { relation, op: Op::UpdateBefore, tuple, old: OldRow::Unknown },
+                raw,
+                None,
+                into,
+            )?),
             // The place is taken whether or not it is needed.
             None => drop(self.place()?),
         }
