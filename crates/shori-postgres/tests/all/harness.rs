@@ -7,19 +7,17 @@ use shori_core::change::{ChangeBatch, Op};
 use shori_core::position::{CaptureId, Micros, Position, Watermark};
 use shori_core::source::{BatchLimit, Resume, SnapshotProgress, SnapshotState, Source, SourceBatch};
 use shori_core::testing::memory_log::{LogRow, log_rows};
-use shori_core::testing::value::{Row, Value, pick};
+use shori_core::testing::value::{Row, Value};
 use shori_core::{Error, Result};
 use shori_postgres::{PostgresConfig, PostgresSource, PostgresTable, Server as Address, Tls};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
+use crate::replay::Replay;
 use crate::server::Server;
 
 pub const LIMIT: BatchLimit = BatchLimit { rows: 1000, bytes: 1 << 20 };
 /// Reading that is not at its end after so long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Stands in a row for what no image brought.
-const LACKING: &str = "(no image brought this)";
-
 /// A row as the server prints it.
 pub type Printed = Vec<Option<String>>;
 
@@ -303,11 +301,8 @@ impl Reader {
     }
 
     pub fn replay(&self, table: &str) -> Replay<'_> {
-        Replay {
-            log: self.log(table),
-            snapshots: self.stored.ended.get(&self.capture(table)).map_or(&[], Vec::as_slice),
-            rows: BTreeMap::new(),
-        }
+        let snapshots = self.stored.ended.get(&self.capture(table));
+        Replay::new(self.log(table), snapshots.map_or(&[], Vec::as_slice))
     }
 
     /// What the log leaves of a table at a boundary, printed, in order.
@@ -372,54 +367,6 @@ impl Reader {
             }
         };
         tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("waited until {condition}"));
-    }
-}
-
-/// A table as the log leaves it, from boundary to boundary.
-pub struct Replay<'a> {
-    log: &'a [LogRow],
-    snapshots: &'a [SnapshotProgress],
-    /// Each with the position that last touched it.
-    pub rows: BTreeMap<Row, (Position, LogRow)>,
-}
-
-impl Replay<'_> {
-    pub fn advance(&mut self, boundary: &Position) {
-        loop {
-            let ended = self.snapshots.first().map(|snapshot| snapshot.end).filter(|end| end <= boundary);
-            let up_to = ended.unwrap_or(*boundary);
-            let (due, rest) = self.log.split_at(self.log.partition_point(|row| row.position <= up_to));
-            self.log = rest;
-            due.iter().for_each(|row| self.apply(row));
-            let Some((snapshot, others)) = self.snapshots.split_first().filter(|_| ended.is_some()) else { return };
-            self.rows.retain(|_, (touched, _)| *touched > snapshot.start);
-            self.snapshots = others;
-        }
-    }
-
-    fn apply(&mut self, row: &LogRow) {
-        if row.op == Op::Truncate {
-            self.rows.clear();
-            return;
-        }
-        let key = pick(&row.row, &row.schema.key);
-        assert!(key.iter().all(|value| !value.is_null()), "{row:?} has no key");
-        if !row.op.leaves_row() {
-            self.rows.remove(&key);
-            return;
-        }
-        let mut whole = row.clone();
-        if !row.unchanged.is_empty() {
-            let before = self.rows.get(&key).map(|(_, before)| before.in_schema(&row.schema));
-            let value = |index: usize| match (row.unchanged.contains(&index), &before) {
-                (false, _) => row.row[index].clone(),
-                (true, Some(before)) => before.row[index].clone(),
-                (true, None) => Value::from(LACKING),
-            };
-            whole.row = (0..row.row.len()).map(value).collect();
-            whole.unchanged.clear();
-        }
-        self.rows.insert(key, (row.position, whole));
     }
 }
 

@@ -12,6 +12,7 @@ mod messages;
 mod random;
 mod reading;
 mod recorded;
+mod replay;
 mod schema_changes;
 mod server;
 mod snapshots;

@@ -17,7 +17,7 @@ const SQL: &str = "
     alter table c replica identity using index c_id_key;
     insert into a select i, i, 'a' from generate_series(1, 1500) i;
     insert into b select i, i % 7, 'b' from generate_series(1, 800) i;";
-/// Each transaction is read this often at least, in the mean.
+/// Committed while it is read, at least.
 const TRANSACTIONS: u64 = 400;
 
 fn statement(random: &mut ChaCha8Rng) -> String {
@@ -54,9 +54,9 @@ async fn run(seed: u64) {
     reader.start().await;
     let writers = Writers::start(server, &database, 3, seed, transaction).await;
     let mut kept = reader.stored.clone();
-    let mut restarts = 0;
+    let (mut restarts, mut resnapshots) = (0, 0);
     while writers.committed() < TRANSACTIONS || !TABLES.iter().all(|table| reader.snapshot(table).is_done()) {
-        let rows = if random.random_range(0..2) == 0 { random.random_range(1..10) } else { 1000 };
+        let rows = if random.random_range(0..4) == 0 { random.random_range(1..10) } else { 1000 };
         let limit = BatchLimit { rows, bytes: random.random_range(200..100_000) };
         if !reader.step(limit).await.unwrap().more {
             reader.source.as_mut().unwrap().wait(std::time::Duration::from_millis(20)).await.unwrap();
@@ -74,10 +74,11 @@ async fn run(seed: u64) {
                 reader.start().await;
                 restarts += 1;
             }
-            9 if random.random_range(0..3) == 0 => {
+            9 if resnapshots < 3 => {
                 let table = TABLES[random.random_range(0..3)];
                 if reader.has_begun(table) {
                     reader.resnapshot(table, false);
+                    resnapshots += 1;
                     kept = reader.stored.clone();
                     reader.start().await;
                 }
