@@ -258,6 +258,29 @@ pub(crate) async fn hold_values(client: &Client, oid: u32, columns: &[String]) -
     Ok(row.get(0))
 }
 
+/// Columns of `layout` that the table has no more, as the statement's snapshot shows it: what is read of the table now
+/// lacks them. Fails where one has another type now.
+pub(crate) async fn columns_gone(client: &impl tokio_postgres::GenericClient, layout: &Layout) -> Result<Vec<bool>> {
+    let query = "
+        select attname::text, atttypid
+        from pg_catalog.pg_attribute
+        where attrelid = $1 and attnum > 0 and not attisdropped";
+    let table = &layout.schema.table;
+    let fail = |cause| sql_error("look at", &format!("table {table}"), cause);
+    let rows = client.query(query, &[&layout.oid]).await.map_err(fail)?;
+    let now: HashMap<String, u32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let is_gone = |column: &Column| match now.get(&column.name) {
+        None => Ok(true),
+        Some(oid) if *oid == column.type_oid => Ok(false),
+        Some(_) => {
+            let cause = format!("column {} has another type now", column.name);
+            Err(Error::new(ErrorKind::Schema, "capture", format!("table {table}"), cause)
+                .with_remedy(format!("run shori resnapshot --retyped {table}")))
+        }
+    };
+    layout.columns.iter().map(is_gone).collect()
+}
+
 /// A column as it is sent.
 pub(crate) struct Sent {
     pub name: String,

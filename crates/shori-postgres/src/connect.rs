@@ -57,6 +57,9 @@ const SYSTEM_ROOTS: [&str; 4] = [
     "/etc/ssl/cert.pem",
 ];
 
+/// How long the network may leave what was sent unconfirmed.
+const SILENCE_MAX: Duration = Duration::from_secs(25);
+
 /// What makes values print as they are read here, the same on both kinds of connection.
 pub(crate) const SESSION_SETTINGS: [(&str, &str); 7] = [
     ("application_name", "shori"),
@@ -100,7 +103,8 @@ impl Server {
             .user(&self.user)
             .application_name("shori")
             .connect_timeout(self.connect_timeout)
-            .keepalives_idle(Duration::from_secs(30));
+            .keepalives_idle(Duration::from_secs(30))
+            .tcp_user_timeout(SILENCE_MAX);
         if let Some(password) = &self.password {
             config.password(password.reveal());
         }
@@ -205,6 +209,8 @@ const CREDENTIALS: &str = "correct user, password or database in the configurati
 /// `operation` on `object` failed in the server, or on the way.
 pub(crate) fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Error) -> Error {
     let (kind, remedy) = match cause.code() {
+        // What the library itself finds: no password, or a server that proves to be another.
+        None if is_of_configuration(&cause) => (ErrorKind::Usage, Some(CREDENTIALS)),
         None => (ErrorKind::Unavailable, None),
         Some(code) => kind_of(code),
     };
@@ -220,6 +226,12 @@ pub(crate) fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Er
         Some(remedy) => error.with_remedy(remedy),
         None => error,
     }
+}
+
+/// The library tells its own kinds apart by their text only.
+fn is_of_configuration(cause: &tokio_postgres::Error) -> bool {
+    let told = cause.to_string();
+    told.starts_with("invalid configuration") || told.starts_with("authentication error")
 }
 
 /// What an error's class (PostgreSQL documentation, appendix A) means to the engine.

@@ -62,6 +62,13 @@ pub(crate) async fn wal_end(client: &Client) -> Result<WalLocation> {
     Ok(u64::from(row.get::<_, PgLsn>(0)))
 }
 
+/// Whether the publication was there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Made {
+    Found,
+    Anew,
+}
+
 /// What a publication sends of a table.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Published {
@@ -76,7 +83,7 @@ pub(crate) async fn publication(
     client: &Client,
     config: &PostgresConfig,
     tables: &[String],
-) -> Result<BTreeMap<String, Published>> {
+) -> Result<(BTreeMap<String, Published>, Made)> {
     let fail = |cause| sql_error("look at", &format!("publication {}", config.publication), cause);
     let query = "
         select puballtables, pubinsert and pubupdate and pubdelete and pubtruncate, pubviaroot
@@ -86,7 +93,7 @@ pub(crate) async fn publication(
     let publication = quoted(&config.publication);
     let made = client.query_opt(query, &[&config.publication]).await.map_err(fail)?;
     match &made {
-        None if tables.is_empty() => return Ok(BTreeMap::new()),
+        None if tables.is_empty() => return Ok((BTreeMap::new(), Made::Found)),
         None => {
             let all: Vec<&String> = tables.iter().collect();
             let statement = format!(
@@ -114,13 +121,13 @@ pub(crate) async fn publication(
     let published = published(client, config).await?;
     let missing: Vec<&String> = tables.iter().filter(|table| !published.contains_key(*table)).collect();
     if missing.is_empty() {
-        return Ok(published);
+        return Ok((published, if made.is_some() { Made::Found } else { Made::Anew }));
     }
     let statement = format!("alter publication {publication} add table {}", names(&missing));
     must_manage(config, format!("publication {} lacks {}", config.publication, names(&missing)), &statement)?;
     run(client, &statement, "add tables to", &format!("publication {}", config.publication)).await?;
     tracing::info!(publication = config.publication, tables = names(&missing), "added tables to the publication");
-    self::published(client, config).await
+    Ok((self::published(client, config).await?, Made::Found))
 }
 
 /// What of the source's schema is published.
@@ -131,7 +138,9 @@ pub(crate) async fn published(client: &Client, config: &PostgresConfig) -> Resul
         select
             tablename::text,
             to_jsonb(p) ->> 'rowfilter',
-            case when to_jsonb(p) ? 'attnames' then array(select jsonb_array_elements_text(to_jsonb(p) -> 'attnames')) end
+            case when jsonb_typeof(to_jsonb(p) -> 'attnames') = 'array' then
+                array(select jsonb_array_elements_text(to_jsonb(p) -> 'attnames'))
+            end
         from pg_catalog.pg_publication_tables p
         where pubname = $1 and schemaname = $2";
     let rows = client.query(query, &[&config.publication, &config.schema]).await.map_err(fail)?;
@@ -163,7 +172,9 @@ pub(crate) struct Slot {
 }
 
 /// Finds the slot, and makes one where there is none or it is of no use any more.
-pub(crate) async fn slot(client: &Client, config: &PostgresConfig, begun: bool) -> Result<Slot> {
+///
+/// One from before its publication is of none: the plugin looks for the publication as of each change, and fails.
+pub(crate) async fn slot(client: &Client, config: &PostgresConfig, made: Made, begun: bool) -> Result<Slot> {
     let object = format!("replication slot {}", config.slot);
     let fail = |cause| sql_error("look at", &object, cause);
     let query = "
@@ -190,8 +201,13 @@ pub(crate) async fn slot(client: &Client, config: &PostgresConfig, begun: bool) 
         return Err(Error::new(ErrorKind::Usage, "use", object, cause).with_remedy("name another slot"));
     }
     let (status, reason): (Option<String>, Option<String>) = (row.get(2), row.get(4));
-    if status.as_deref() == Some("lost") {
-        let cause = format!("{object} was invalidated ({})", reason.as_deref().unwrap_or("its log was removed"));
+    if status.as_deref() == Some("lost") || made == Made::Anew {
+        let cause = match made {
+            Made::Anew => format!("publication {} was gone", config.publication),
+            Made::Found => {
+                format!("{object} was invalidated ({})", reason.as_deref().unwrap_or("its log was removed"))
+            }
+        };
         let statement = format!("select pg_drop_replication_slot({})", literal(&config.slot));
         must_manage(config, cause.clone(), &statement)?;
         run(client, &statement, "drop", &object).await?;

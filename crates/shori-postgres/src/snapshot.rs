@@ -23,7 +23,7 @@ use tokio_postgres::types::{FromSql, PgLsn, Type};
 use tokio_postgres::{Client, Transaction};
 
 use crate::batch::BatchBuilder;
-use crate::catalog::Layout;
+use crate::catalog::{Layout, columns_gone};
 use crate::connect::{quoted, sql_error};
 use crate::message::{Value, WalLocation};
 use crate::positions;
@@ -83,13 +83,33 @@ impl Sight {
             select
                 pg_catalog.pg_current_snapshot()::text,
                 pg_catalog.pg_current_wal_insert_lsn(),
-                (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8";
+                (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::int8,
+                pg_catalog.current_setting('wal_block_size')::int8,
+                pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size'))";
         let row =
             client.query_one(query, &[]).await.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?;
         let text: String = row.get(0);
         let visibility = Visibility::parse(&text)
             .ok_or_else(|| Error::new(ErrorKind::Data, "read", "the server's snapshot", format!("{text:?} is none")))?;
-        Ok(Self { visibility, wal_end: u64::from(row.get::<_, PgLsn>(1)), time: row.get(2) })
+        let (page, file): (i64, i64) = (row.get(3), row.get(4));
+        let wal_end = end_of_record(row.get::<_, PgLsn>(1).into(), page.unsigned_abs(), file.unsigned_abs());
+        Ok(Self { visibility, wal_end, time: row.get(2) })
+    }
+}
+
+/// Where the last record ends, given where the next one is to begin: behind a header, if that is on a new page. At rest
+/// the log is read up to the one, and not to the other. Header sizes: `XLogPageHeaderData` and, first in a file,
+/// `XLogLongPageHeaderData`.
+fn end_of_record(next: WalLocation, page_bytes: u64, file_bytes: u64) -> WalLocation {
+    const HEADER: u64 = 24;
+    const FILE_HEADER: u64 = 40;
+    let offset = |bytes: u64| next.checked_rem(bytes).unwrap_or(0);
+    if offset(file_bytes) == FILE_HEADER {
+        next - FILE_HEADER
+    } else if offset(page_bytes) == HEADER {
+        next - HEADER
+    } else {
+        next
     }
 }
 
@@ -141,6 +161,7 @@ pub(crate) async fn read_chunk(
         builder: BatchBuilder::new(capture.id.clone(), layout)?,
         rejected: Vec::new(),
         rows: 0,
+        gone: columns_gone(transaction, layout).await?,
     };
     let mut bookmark = Bookmark::decode(&progress.resume)?.filter(|bookmark| bookmark.table == layout.oid);
     let ended = loop {
@@ -171,6 +192,8 @@ struct Reader<'a> {
     builder: BatchBuilder,
     rejected: Vec<Rejected>,
     rows: u32,
+    /// Columns that the table has no more.
+    gone: Vec<bool>,
 }
 
 /// A table or partition with storage of its own, and where to read on in it.
@@ -270,7 +293,7 @@ impl Reader<'_> {
                 from only {}.{}
                 where ctid >= '({},{})'::tid and ctid < '({end},0)'::tid{filter}
             ) to stdout (format binary)",
-            selected(&self.capture.layout),
+            selected(&self.capture.layout, &self.gone),
             quoted(&schema),
             quoted(&table),
             from.block,
@@ -301,8 +324,13 @@ impl Reader<'_> {
 }
 
 /// Columns of a table for a query, each as it is decoded.
-pub(crate) fn selected(layout: &Layout) -> String {
-    let column = |column: &crate::catalog::Column| {
+///
+/// Those that are gone since are null: so they are in all images to come.
+pub(crate) fn selected(layout: &Layout, gone: &[bool]) -> String {
+    let column = |(index, column): (usize, &crate::catalog::Column)| {
+        if gone.get(index) == Some(&true) {
+            return "null".into();
+        }
         let name = quoted(&column.name);
         // What the type's output function prints: a cast to text may print something else.
         if column.needs_text() {
@@ -311,7 +339,7 @@ pub(crate) fn selected(layout: &Layout) -> String {
             name
         }
     };
-    layout.columns.iter().map(column).collect::<Vec<_>>().join(", ")
+    layout.columns.iter().enumerate().map(column).collect::<Vec<String>>().join(", ")
 }
 
 /// A selected column's value.
@@ -402,12 +430,13 @@ pub(crate) async fn read_row(
     key: &[Value<'_>],
 ) -> Result<Option<Vec<Option<Bytes>>>> {
     let layout = &capture.layout;
+    let gone = columns_gone(transaction, layout).await?;
     let conditions: Vec<String> = (layout.schema.key.iter().enumerate())
         .map(|(place, index)| format!("{} = ${}", quoted(&layout.columns[*index].name), place + 1))
         .collect();
     let query = format!(
         "select {} from {}.{} where {}",
-        selected(layout),
+        selected(layout, &gone),
         quoted(&capture.schema_name),
         quoted(&capture.table.name),
         conditions.join(" and ")
@@ -479,6 +508,20 @@ mod tests {
         }
         assert!(Visibility::parse("10:10:").unwrap().running.is_empty());
         assert!(["", "1", "1:2", "1:x:", "1:2:x"].into_iter().all(|text| Visibility::parse(text).is_none()));
+    }
+
+    #[test]
+    fn a_record_ends_before_the_header_of_the_next_page() {
+        let (page, file) = (8192, 16 << 20);
+        for (next, end) in [
+            (3 * file + 40, 3 * file),
+            (3 * file + 48, 3 * file + 48),
+            (3 * file + 5 * page + 24, 3 * file + 5 * page),
+            (3 * file + 5 * page + 40, 3 * file + 5 * page + 40),
+            (3 * file + 5 * page, 3 * file + 5 * page),
+        ] {
+            assert_eq!(end_of_record(next, page, file), end);
+        }
     }
 
     #[test]

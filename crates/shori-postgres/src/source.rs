@@ -30,8 +30,11 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_WAIT: Duration = Duration::from_millis(20);
 /// Shortest time between two looks at what is published.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
-/// How long a transaction that was open at start may be about to be visible, unless it waits for a standby.
+/// How long a transaction that was open at start may be about to be visible, unless it waits for a standby, or a table is
+/// to be read that may have been published since the transaction wrote to it.
 const GRACE: Duration = Duration::from_secs(2);
+/// What a statement's answer may take longer than the server's own limit for the statement.
+const ANSWER_GRACE: Duration = Duration::from_secs(5);
 /// Transactions read, beyond which it is asked which of them every new snapshot shows.
 const UNSETTLED_MAX: usize = 10_000;
 
@@ -40,6 +43,14 @@ pub struct PostgresSource {
     config: Arc<PostgresConfig>,
     timeline: Arc<str>,
     open: Option<Open>,
+}
+
+/// Transactions that were open at start.
+struct OpenAtStart {
+    ids: Vec<u64>,
+    /// Until when they are waited for; for tables that may just have been published, until they end: what such a
+    /// transaction wrote before is in no stream.
+    until: Option<Instant>,
 }
 
 struct Open {
@@ -55,8 +66,8 @@ struct Open {
     idle: Option<WalLocation>,
     idle_told: Instant,
     watched: Instant,
-    /// Transactions that were open at start and may have been read before; and until when they are waited for.
-    open_at_start: (Vec<u64>, Instant),
+    /// Those of them that may have been read before.
+    open_at_start: OpenAtStart,
     /// The furthest that any capture was staged at start; chunks stand above it.
     furthest: Position,
     /// Tables that are to be read anew, still to be told.
@@ -137,8 +148,9 @@ impl Source for PostgresSource {
     }
 
     async fn head(&mut self) -> Result<Head> {
+        let config = self.config.clone();
         let open = self.opened()?;
-        let wal_end = setup::wal_end(&open.session.client).await?;
+        let wal_end = answered(&config, setup::wal_end(&open.session.client)).await?;
         let watermark = open.cursor.watermark;
         let boundary = positions::of_boundary(wal_end)?.max(watermark.staged);
         Ok(Head { boundary, time: watermark.boundary_time.max(open.cursor.held_time), changes_waiting: None })
@@ -153,9 +165,9 @@ impl Open {
         let mut types = Types::default();
         let found = catalog::tables(client, config, &mut types).await?;
         let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-        let published = setup::publication(client, config, &names).await?;
+        let (published, made) = setup::publication(client, config, &names).await?;
         let has_begun = |known: &Resume| known.snapshot.state != SnapshotState::Requested;
-        let slot = setup::slot(client, config, resume.values().any(has_begun)).await?;
+        let slot = setup::slot(client, config, made, resume.values().any(has_begun)).await?;
         let id = |name: &str| CaptureId::new(&config.source_name, name);
         let mut failed: Vec<_> = found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect();
         let mut captures = Vec::with_capacity(found.layouts.len());
@@ -203,9 +215,10 @@ impl Open {
         check_reaches(config, &facts, positions::read_on_at(&furthest)?)?;
         // Where nothing older is needed, reading begins where the slot does.
         let fresh = positions::of_boundary(slot.forgotten_to)?.max(furthest);
+        let told = resume.values().map(|known| known.watermark.boundary).max().unwrap_or(Position::ZERO);
         let fresh = Watermark {
             staged: fresh,
-            boundary: fresh,
+            boundary: if positions::is_between_commits(&fresh) { fresh } else { told },
             boundary_time: resume.values().map(|known| known.watermark.boundary_time).max().unwrap_or(0),
         };
         let watermark = lowest.unwrap_or(fresh);
@@ -219,6 +232,7 @@ impl Open {
             .iter()
             .map(|capture| CaptureInfo { id: capture.id.clone(), schema: capture.layout.schema.clone() });
         let started = Started { identity: facts.identity, captures: infos.collect(), failed };
+        let is_wanted_whole = captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
         let mut cursor = Cursor::new(captures, watermark, from);
         if is_partly_read {
             // What was read under snapshots may show commits up to here, and it is not remembered up to which.
@@ -236,7 +250,10 @@ impl Open {
             idle: None,
             idle_told: now - IDLE_INTERVAL,
             watched: now,
-            open_at_start: (sight.visibility.running, now + GRACE),
+            open_at_start: OpenAtStart {
+                ids: sight.visibility.running,
+                until: (!is_wanted_whole).then_some(now + GRACE),
+            },
             furthest,
             snapshots,
             interrupted: false,
@@ -261,8 +278,8 @@ impl Open {
     async fn step(&mut self, config: &PostgresConfig, limit: BatchLimit) -> Result<SourceBatch> {
         let mut gathered = Gathered::default();
         gathered.snapshots.append(&mut self.snapshots);
-        self.watch(config, &mut gathered).await?;
-        self.settle().await?;
+        answered(config, self.watch(config, &mut gathered)).await?;
+        answered(config, self.settle()).await?;
         let read_chunk = self.chunk(config, limit, &mut gathered).await?;
         if !read_chunk {
             self.stream(config, limit, &mut gathered).await?;
@@ -338,11 +355,11 @@ impl Open {
         match self.cursor.take(&message, raw, None, gathered)? {
             Next::GoOn => Ok(false),
             Next::Reshaped(reshaped) => {
-                self.reshape(config, reshaped, gathered).await?;
+                answered(config, self.reshape(config, reshaped, gathered)).await?;
                 Ok(!gathered.is_empty() || !gathered.schemas.is_empty())
             }
             Next::Incomplete { capture } => {
-                self.complete(&message, raw, capture, gathered).await?;
+                answered(config, self.complete(&message, raw, capture, gathered)).await?;
                 Ok(false)
             }
             Next::Lost { capture, cause } => {
@@ -445,16 +462,31 @@ impl Open {
         index: usize,
         gathered: &mut Gathered,
     ) -> Result<()> {
-        let Message::Update { new, .. } = message else {
+        let Message::Update { old, new, .. } = message else {
             return Err(Error::new(ErrorKind::Internal, "complete", "a row", "it is no update"));
         };
         let capture = &self.cursor.captures[index];
-        let values: Vec<Value<'_>> = new.iter().collect();
+        let mut values: Vec<Value<'_>> = new.iter().collect();
+        // A key that is kept out of line and unchanged is in the old row.
+        for (value, old) in values.iter_mut().zip(old.tuple().iter().flat_map(|old| old.iter())) {
+            if *value == Value::Unchanged {
+                *value = old;
+            }
+        }
         let key: Vec<Value<'_>> =
             capture.layout.schema.key.iter().filter_map(|column| values.get(*column).copied()).collect();
         let transaction = snapshot::begin(&mut self.session.client).await?;
         let sight = Sight::of(&transaction).await?;
-        let found = snapshot::read_row(&transaction, capture, &key).await?;
+        let found = match snapshot::read_row(&transaction, capture, &key).await {
+            Ok(found) => found,
+            Err(error) if error.kind() == ErrorKind::Schema => {
+                drop(transaction);
+                self.fail(index, error, gathered)?;
+                // Its places are taken all the same.
+                return self.cursor.take(message, raw, None, gathered).map(|_| ());
+            }
+            Err(error) => return Err(error),
+        };
         transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
         let layout = capture.layout.clone();
         let whole: Vec<Value<'_>> = match &found {
@@ -475,8 +507,16 @@ impl Open {
             return Ok(false);
         }
         let Some(index) = self.cursor.captures.iter().position(Capture::needs_snapshot) else { return Ok(false) };
-        let transaction = snapshot::begin(&mut self.session.client).await?;
-        let sight = Sight::of(&transaction).await?;
+        let (read_to, before) = (self.cursor.read_to, self.cursor.watermark.staged);
+        // A transaction that was read in part comes again before anything else, and what a capture has already of what
+        // is read again.
+        let above = before.max(self.furthest);
+        let chunk = positions::next_chunk(read_to, &above);
+        if positions::of_chunk_row(read_to, chunk, 0)? <= above {
+            return Ok(false);
+        }
+        let transaction = answered(config, snapshot::begin(&mut self.session.client)).await?;
+        let sight = answered(config, Sight::of(&transaction)).await?;
         let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
         if unseen || !is_settled(&transaction, &sight, &mut self.open_at_start).await? {
             drop(transaction);
@@ -484,12 +524,10 @@ impl Open {
             return Ok(false);
         }
         self.cursor.unsettled.clear();
-        let read_to = self.cursor.read_to;
-        let before = self.cursor.watermark.staged;
         let capture = &self.cursor.captures[index];
         let place = snapshot::Place {
             read_to,
-            chunk: positions::next_chunk(read_to, &before.max(self.furthest)),
+            chunk,
             before,
             time: sight.time,
             filter: self.published.get(&capture.table.name).and_then(|published| published.filter.as_deref()),
@@ -500,7 +538,12 @@ impl Open {
         let chunk = match snapshot::read_chunk(&transaction, capture, &place, limit).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
-            Err(error) if matches!(error.kind(), ErrorKind::Data | ErrorKind::Refused | ErrorKind::Usage) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage
+                ) =>
+            {
                 drop(transaction);
                 self.fail(index, error, gathered)?;
                 return Ok(true);
@@ -549,20 +592,29 @@ impl Open {
     }
 }
 
+/// The outcome of statements that each end within the server's own limit, or that the server keeps silent.
+async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
+    let at_most = config.server.statement_timeout + ANSWER_GRACE;
+    tokio::time::timeout(at_most, statements).await.unwrap_or_else(|_| {
+        let cause = format!("it has not answered for {} s", at_most.as_secs());
+        Err(Error::new(ErrorKind::Unavailable, "ask", config.server.name(), cause))
+    })
+}
+
 /// Whether no transaction that was open at start can have been read before without being visible yet.
 ///
 /// A commit is in the log, and may be sent, an instant before it is visible; but as long as it waits for a standby.
 async fn is_settled(
     transaction: &tokio_postgres::Transaction<'_>,
     sight: &Sight,
-    open_at_start: &mut (Vec<u64>, Instant),
+    open_at_start: &mut OpenAtStart,
 ) -> Result<bool> {
-    let (open, until) = open_at_start;
+    let OpenAtStart { ids: open, until } = open_at_start;
     open.retain(|id| sight.visibility.running.contains(id));
     if open.is_empty() {
         return Ok(true);
     }
-    if Instant::now() < *until {
+    if until.is_none_or(|until| Instant::now() < until) {
         return Ok(false);
     }
     let query = "select count(*) from pg_catalog.pg_stat_activity where wait_event = 'SyncRep'";
@@ -674,8 +726,8 @@ pub async fn install(config: &PostgresConfig) -> Result<(Vec<String>, Vec<Error>
     Facts::read(client, config).await?;
     let found = catalog::tables(client, config, &mut Types::default()).await?;
     let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-    setup::publication(client, config, &names).await?;
-    setup::slot(client, config, false).await?;
+    let (_, made) = setup::publication(client, config, &names).await?;
+    setup::slot(client, config, made, false).await?;
     let unique: BTreeSet<String> = names.into_iter().collect();
     Ok((unique.into_iter().collect(), found.failed.into_iter().map(|(_, error)| error).collect()))
 }

@@ -216,13 +216,13 @@ impl Cursor {
             Message::Commit { end_lsn, .. } => self.commit(*end_lsn)?,
             Message::Relation(relation) => return Ok(self.relation(relation)),
             Message::Insert { relation, new, .. } => {
-                let row = RowImage { relation: *relation, op: Op::Insert, tuple: *new, old: None };
+                let row = RowImage { relation: *relation, op: Op::Insert, tuple: *new, old: OldRow::Unknown };
                 return self.image(row, raw, None, into);
             }
             Message::Update { relation, old, new, .. } => return self.update(*relation, old, new, raw, whole, into),
             Message::Delete { relation, old, .. } => {
                 let Some(tuple) = old.tuple() else { return Ok(Next::GoOn) };
-                let row = RowImage { relation: *relation, op: Op::Delete, tuple, old: None };
+                let row = RowImage { relation: *relation, op: Op::Delete, tuple, old: OldRow::Unknown };
                 return self.image(row, raw, None, into);
             }
             Message::Truncate { relations, .. } => self.truncate(relations, into)?,
@@ -251,8 +251,9 @@ impl Cursor {
     }
 
     fn relation(&mut self, relation: &Relation<'_>) -> Next {
-        let is_it = |capture: &&Capture| capture.layout.oid == relation.oid || capture.is_named(relation);
-        let found = self.captures.iter().position(|capture| is_it(&capture));
+        // By name first: of two that have swapped their names, each is to be told.
+        let named = self.captures.iter().position(|capture| capture.is_named(relation));
+        let found = named.or_else(|| self.captures.iter().position(|capture| capture.layout.oid == relation.oid));
         self.relations.insert(relation.oid, found);
         let Some(index) = found else { return Next::GoOn };
         let capture = &self.captures[index];
@@ -297,8 +298,8 @@ impl Cursor {
         let Some((position, time)) = self.place()? else { return Ok(Next::GoOn) };
         if let Some(index) = self.wanted(row.relation)? {
             let capture = &self.captures[index];
-            let values = row.values(whole);
-            if let Err(reason) = into.builder(index, capture)?.push(values, &position, row.op, time) {
+            let op = row.op;
+            if let Err(reason) = into.builder(index, capture)?.push(row.values(whole), &position, op, time) {
                 into.reject(capture, position, reason, raw);
             }
         }
@@ -320,26 +321,36 @@ impl Cursor {
             OldTuple::Full(tuple) => Some(*tuple),
             _ => None,
         };
-        if let Some(index) = wanted
-            && whole.is_none()
-            && full.is_none()
-            && !self.captures[index].progress.is_done()
-            && new.iter().any(|value| value == Value::Unchanged)
-        {
-            return Ok(Next::Incomplete { capture: index });
-        }
         let moved = match (wanted, old.tuple()) {
             (Some(index), Some(tuple)) => key_differs(&self.captures[index].layout, &tuple, new),
             _ => false,
         };
+        // What is unchanged is looked for in the key's own images: a new key has none, and one that no snapshot has
+        // reached may have none. A key that is kept out of line is in the old row.
+        if let Some(index) = wanted
+            && whole.is_none()
+            && full.is_none()
+            && (moved || !self.captures[index].progress.is_done())
+            && unchanged_besides_key(&self.captures[index].layout, new)
+        {
+            return Ok(Next::Incomplete { capture: index });
+        }
         match old.tuple().filter(|_| moved) {
-            Some(tuple) => {
-                drop(self.image(RowImage { relation, op: Op::UpdateBefore, tuple, old: None }, raw, None, into)?)
-            }
+            Some(tuple) => drop(self.image(
+                RowImage { relation, op: Op::UpdateBefore, tuple, old: OldRow::Unknown },
+                raw,
+                None,
+                into,
+            )?),
             // The place is taken whether or not it is needed.
             None => drop(self.place()?),
         }
-        self.image(RowImage { relation, op: Op::UpdateAfter, tuple: *new, old: full }, raw, whole, into)
+        let old = match (full, wanted, old.tuple()) {
+            (Some(full), ..) => OldRow::Whole(full),
+            (None, Some(index), Some(key)) => OldRow::Key(key, self.captures[index].layout.clone()),
+            _ => OldRow::Unknown,
+        };
+        self.image(RowImage { relation, op: Op::UpdateAfter, tuple: *new, old }, raw, whole, into)
     }
 
     fn truncate(&mut self, relations: &[u32], into: &mut Gathered) -> Result<()> {
@@ -357,20 +368,32 @@ impl Cursor {
     }
 }
 
-/// A row as it is sent, and what it was before where that is sent whole.
+/// A row as it is sent, and what is sent of what it was before.
 struct RowImage<'a> {
     relation: u32,
     op: Op,
     tuple: Tuple<'a>,
-    old: Option<Tuple<'a>>,
+    old: OldRow<'a>,
+}
+
+enum OldRow<'a> {
+    Unknown,
+    /// Its other columns are null, whatever they were.
+    Key(Tuple<'a>, Arc<Layout>),
+    Whole(Tuple<'a>),
 }
 
 impl<'a> RowImage<'a> {
     /// Its values, with those that did not change from its old ones or from what was read apart.
-    fn values(&self, whole: Option<&'a [Value<'a>]>) -> impl Iterator<Item = Value<'a>> {
-        let mut old = self.old.map(|old| old.iter());
+    fn values(self, whole: Option<&'a [Value<'a>]>) -> impl Iterator<Item = Value<'a>> {
+        let (mut old, layout) = match self.old {
+            OldRow::Unknown => (None, None),
+            OldRow::Key(tuple, layout) => (Some(tuple.iter()), Some(layout)),
+            OldRow::Whole(tuple) => (Some(tuple.iter()), None),
+        };
         self.tuple.iter().enumerate().map(move |(index, value)| {
             let before = old.as_mut().and_then(Iterator::next);
+            let before = before.filter(|_| layout.as_ref().is_none_or(|layout| layout.schema.key.contains(&index)));
             match (value, before, whole) {
                 (Value::Unchanged, Some(before), _) => before,
                 (Value::Unchanged, None, Some(whole)) => whole.get(index).copied().unwrap_or(value),
@@ -378,6 +401,12 @@ impl<'a> RowImage<'a> {
             }
         })
     }
+}
+
+/// Whether a column outside of the key was not sent.
+fn unchanged_besides_key(layout: &Layout, new: &Tuple<'_>) -> bool {
+    let mut values = new.iter().enumerate();
+    values.any(|(index, value)| value == Value::Unchanged && !layout.schema.key.contains(&index))
 }
 
 /// Whether an update gave the row another key. What was not sent did not change.
