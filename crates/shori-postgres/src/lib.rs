@@ -18,8 +18,9 @@
 //! `positions` holds the stored encoding of positions.
 //!
 //! `connect` makes connections and `replication` reads one; `setup` and `catalog` ask the server what it is and has.
-//! `stream` places row images and gathers them into a `batch`, `snapshot` reads tables whole, and `source` joins them
-//! under the contract of [`shori_core::source::Source`].
+//! `start` finds where reading goes on, `stream` places row images and gathers them into a `batch`, `snapshot` reads
+//! tables whole, and `source` joins them under the contract of [`shori_core::source::Source`]. `look` is for verbs that
+//! do not read.
 
 mod batch;
 mod catalog;
@@ -27,6 +28,7 @@ pub mod column_builder;
 pub mod column_types;
 mod connect;
 mod date_time;
+mod look;
 pub mod message;
 mod numeric;
 mod plain_values;
@@ -36,12 +38,14 @@ mod replication;
 mod setup;
 mod snapshot;
 mod source;
+mod start;
 mod stream;
 
 use std::collections::BTreeMap;
 
 pub use connect::{Server, Session, Tls};
-pub use source::{Inspected, PostgresSource, execute, inspect, install, log_bytes_above, sample};
+pub use look::{Inspected, execute, inspect, install, log_bytes_above, sample};
+pub use source::PostgresSource;
 
 /// What to capture, and how.
 #[derive(Clone, Debug)]

@@ -1,28 +1,28 @@
 //! The [`Source`] over one PostgreSQL database.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arrow::datatypes::Field;
 use async_trait::async_trait;
 use bytes::Bytes;
-use shori_core::position::{CaptureId, Position, Watermark};
-use shori_core::schema::{SchemaChange, TableSchema};
+use shori_core::position::{CaptureId, Position};
+use shori_core::schema::SchemaChange;
 use shori_core::source::{
     BatchLimit, CaptureInfo, Head, Resume, SnapshotProgress, SnapshotState, Source, SourceBatch, Started,
 };
 use shori_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 
-use crate::catalog::{self, Layout, Sent, Types};
-use crate::connect::{Server, Session, sql_error};
+use crate::catalog::{self, Sent, Types};
+use crate::connect::{Session, sql_error};
 use crate::message::{self, Message, Value, WalLocation};
 use crate::replication::{Item, Replication, Request};
 use crate::setup::{self, Facts, Published};
-use crate::snapshot::{self, Bookmark, Sight};
+use crate::snapshot::{self, Sight};
 use crate::stream::{Capture, Cursor, Gathered, Next, Reshaped};
-use crate::{PostgresConfig, positions};
+use crate::{PostgresConfig, positions, start};
 
 /// A place without changes is told no more often than this, lest a store in the same server never rests.
 const IDLE_INTERVAL: Duration = Duration::from_millis(500);
@@ -30,6 +30,8 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_WAIT: Duration = Duration::from_millis(20);
 /// Shortest time between two looks at what is published.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two tries of a chunk that must wait for transactions to end.
+const CHUNK_PAUSE: Duration = Duration::from_millis(50);
 /// How long a transaction that was open at start may be about to be visible, unless it waits for a standby, or a table is
 /// to be read that may have been published since the transaction wrote to it.
 const GRACE: Duration = Duration::from_secs(2);
@@ -70,6 +72,9 @@ struct Open {
     open_at_start: OpenAtStart,
     /// The furthest that any capture was staged at start; chunks stand above it.
     furthest: Position,
+    /// When the next chunk is tried, and whether somebody was told that it must wait.
+    chunk_due: Instant,
+    told_of_waiting: bool,
     /// Tables that are to be read anew, still to be told.
     snapshots: Vec<(CaptureId, SnapshotProgress)>,
     /// A call was dropped before it had ended: what it had read is lost.
@@ -127,8 +132,9 @@ impl Source for PostgresSource {
         let until = Instant::now() + at_most;
         let open = self.opened()?;
         loop {
-            let due = open.idle.map(|_| open.idle_told + IDLE_INTERVAL);
-            let stop = due.map_or(until, |due| due.min(until));
+            let idle_due = open.idle.map(|_| open.idle_told + IDLE_INTERVAL);
+            let chunk_due = open.wants_chunk().then_some(open.chunk_due);
+            let stop = [idle_due, chunk_due].into_iter().flatten().fold(until, Instant::min);
             if !open.pending.is_empty() || open.cursor.is_held() || stop <= Instant::now() {
                 return Ok(());
             }
@@ -166,75 +172,24 @@ impl Open {
         let found = catalog::tables(client, config, &mut types).await?;
         let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
         let (published, made) = setup::publication(client, config, &names).await?;
-        let has_begun = |known: &Resume| known.snapshot.state != SnapshotState::Requested;
-        let slot = setup::slot(client, config, made, resume.values().any(has_begun)).await?;
-        let id = |name: &str| CaptureId::new(&config.source_name, name);
-        let mut failed: Vec<_> = found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect();
-        let mut captures = Vec::with_capacity(found.layouts.len());
-        let mut lowest: Option<Watermark> = None;
-        let (mut furthest, mut is_partly_read) = (Position::ZERO, false);
-        let mut snapshots = Vec::new();
-        for (table, layout) in found.layouts {
-            let id = id(&table.name);
-            let columns = published.get(&table.name).and_then(|published| published.columns.as_deref());
-            let layout = match layout.published(&table, columns, &types) {
-                Ok(layout) => layout,
-                Err(error) => {
-                    failed.push((id, error));
-                    continue;
-                }
-            };
-            let known = resume.get(&id);
-            let watermark = known.map_or(Watermark::ZERO, |known| known.watermark);
-            furthest = furthest.max(watermark.staged);
-            let begun = known.filter(|known| has_begun(known));
-            if let Some(known) = begun {
-                if let Err(error) = check_resume(config, known, &layout, &slot) {
-                    failed.push((id, error));
-                    continue;
-                }
-                is_partly_read |= !known.snapshot.is_done() || watermark.boundary < watermark.staged;
-                lowest = Some(lowest.filter(|lowest| lowest.staged <= watermark.staged).unwrap_or(watermark));
-            }
-            let mut progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
-            if let Some(known) = begun
-                && catalog::hold_values(client, layout.oid, &added(known, &layout)).await?
-            {
-                progress = read_anew(&id, &progress);
-                snapshots.push((id.clone(), progress.clone()));
-            }
-            captures.push(Capture {
-                progress,
-                schema_name: config.schema.as_str().into(),
-                layout: Arc::new(layout),
-                failed: false,
-                table,
-                id,
-            });
-        }
-        check_reaches(config, &facts, positions::read_on_at(&furthest)?)?;
-        // Where nothing older is needed, reading begins where the slot does.
-        let fresh = positions::of_boundary(slot.forgotten_to)?.max(furthest);
-        let told = resume.values().map(|known| known.watermark.boundary).max().unwrap_or(Position::ZERO);
-        let fresh = Watermark {
-            staged: fresh,
-            boundary: if positions::is_between_commits(&fresh) { fresh } else { told },
-            boundary_time: resume.values().map(|known| known.watermark.boundary_time).max().unwrap_or(0),
-        };
-        let watermark = lowest.unwrap_or(fresh);
+        let slot = setup::slot(client, config, made, resume.values().any(start::has_begun)).await?;
+        let ready = start::captures(client, config, resume, found, &published, &slot, &types).await?;
+        start::check_reaches(config, &facts, positions::read_on_at(&ready.furthest)?)?;
+        let watermark = ready.watermark(&slot, resume)?;
         let from = positions::read_on_at(&watermark.staged)?;
-        let binary = !captures.iter().any(|capture| capture.layout.columns.iter().any(catalog::Column::needs_text));
+        let binary =
+            !ready.captures.iter().any(|capture| capture.layout.columns.iter().any(catalog::Column::needs_text));
         let request = Request { slot: config.slot.clone(), from, publication: config.publication.clone(), binary };
         let sight = Sight::of(client).await?;
         setup::slot_is_free(client, config).await?;
         let replication = Replication::start(&config.server, request).await?;
-        let infos = captures
+        let infos = (ready.captures)
             .iter()
             .map(|capture| CaptureInfo { id: capture.id.clone(), schema: capture.layout.schema.clone() });
-        let started = Started { identity: facts.identity, captures: infos.collect(), failed };
-        let is_wanted_whole = captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
-        let mut cursor = Cursor::new(captures, watermark, from);
-        if is_partly_read {
+        let started = Started { identity: facts.identity, captures: infos.collect(), failed: ready.failed };
+        let is_wanted_whole = ready.captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
+        let mut cursor = Cursor::new(ready.captures, watermark, from);
+        if ready.is_partly_read {
             // What was read under snapshots may show commits up to here, and it is not remembered up to which.
             cursor.hold_until(sight.wal_end);
         }
@@ -254,8 +209,10 @@ impl Open {
                 ids: sight.visibility.running,
                 until: (!is_wanted_whole).then_some(now + GRACE),
             },
-            furthest,
-            snapshots,
+            furthest: ready.furthest,
+            chunk_due: now,
+            told_of_waiting: false,
+            snapshots: ready.snapshots,
             interrupted: false,
         };
         Ok((started, open))
@@ -286,7 +243,7 @@ impl Open {
         }
         self.tell_idle(!gathered.is_empty() || self.cursor.is_held())?;
         let gathered = gathered.finish()?;
-        let wants_chunk = self.cursor.captures.iter().any(Capture::needs_snapshot);
+        let reads_on = self.wants_chunk() && Instant::now() >= self.chunk_due;
         Ok(SourceBatch {
             changes: gathered.finished,
             watermark: self.cursor.watermark,
@@ -294,8 +251,13 @@ impl Open {
             schemas: gathered.schemas,
             rejected: gathered.rejected,
             failed: gathered.failed,
-            more: wants_chunk || self.cursor.is_held() || !self.pending.is_empty(),
+            more: reads_on || self.cursor.is_held() || !self.pending.is_empty(),
         })
+    }
+
+    /// Whether a table is to be read, and this is a place for it.
+    fn wants_chunk(&self) -> bool {
+        self.cursor.is_between_commits() && self.cursor.captures.iter().any(Capture::needs_snapshot)
     }
 
     /// Reads what has come, up to the limit.
@@ -387,7 +349,7 @@ impl Open {
         if capture.progress.state == SnapshotState::Requested {
             return;
         }
-        capture.progress = read_anew(&capture.id, &capture.progress);
+        capture.progress = start::read_anew(&capture.id, &capture.progress);
         gathered.snapshots.push((capture.id.clone(), capture.progress.clone()));
     }
 
@@ -503,7 +465,7 @@ impl Open {
 
     /// Reads the next chunk of a table, if one is to be read and this is a place for it.
     async fn chunk(&mut self, config: &PostgresConfig, limit: BatchLimit, gathered: &mut Gathered) -> Result<bool> {
-        if !self.cursor.is_between_commits() || self.cursor.is_held() || !gathered.is_empty() {
+        if !self.wants_chunk() || Instant::now() < self.chunk_due || self.cursor.is_held() || !gathered.is_empty() {
             return Ok(false);
         }
         let Some(index) = self.cursor.captures.iter().position(Capture::needs_snapshot) else { return Ok(false) };
@@ -520,9 +482,13 @@ impl Open {
         let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
         if unseen || !is_settled(&transaction, &sight, &mut self.open_at_start).await? {
             drop(transaction);
-            self.replication.ask();
+            if !std::mem::replace(&mut self.told_of_waiting, true) {
+                tracing::info!(slot = config.slot, "the snapshot waits for transactions that are open in the server");
+            }
+            self.chunk_due = Instant::now() + CHUNK_PAUSE;
             return Ok(false);
         }
+        self.told_of_waiting = false;
         self.cursor.unsettled.clear();
         let capture = &self.cursor.captures[index];
         let place = snapshot::Place {
@@ -627,144 +593,4 @@ async fn is_settled(
         open.clear();
     }
     Ok(waiting == 0)
-}
-
-/// Columns that the table has and the log does not know of.
-fn added(known: &Resume, layout: &Layout) -> Vec<String> {
-    match known.schema.as_ref().map(|schema| schema.change_to(&layout.schema)) {
-        Some(SchemaChange::Evolved { added, .. }) => added.iter().map(|field| field.name().clone()).collect(),
-        _ => Vec::new(),
-    }
-}
-
-fn read_anew(capture: &CaptureId, progress: &SnapshotProgress) -> SnapshotProgress {
-    tracing::info!(%capture, "an added column has values already: the table is read again");
-    SnapshotProgress::requested(progress.generation.saturating_add(1))
-}
-
-/// Whether reading can go on where `known` stands.
-fn check_resume(config: &PostgresConfig, known: &Resume, layout: &Layout, slot: &setup::Slot) -> Result<()> {
-    let table = &layout.schema.table;
-    let object = || format!("table {}", config.qualified(table));
-    let schema: Option<&Arc<TableSchema>> = known.schema.as_ref();
-    if let Some(SchemaChange::Incompatible { reason }) = schema.map(|schema| schema.change_to(&layout.schema)) {
-        return Err(Error::new(ErrorKind::Schema, "capture", object(), reason)
-            .with_remedy(format!("run shori resnapshot --retyped {table}")));
-    }
-    let gap = |cause: String| {
-        Err(Error::new(ErrorKind::Gap, "read", format!("changes of {}", object()), cause)
-            .with_remedy(format!("run shori resnapshot {table}")))
-    };
-    if let Some(lost) = &slot.lost {
-        return gap(format!("{lost}: what was committed since may be missing"));
-    }
-    let read_on = positions::read_on_at(&known.watermark.staged)?;
-    if slot.forgotten_to > read_on {
-        return gap(format!(
-            "source retention has passed the watermark: the log has it up to {}, the slot begins at {}",
-            shown(read_on),
-            shown(slot.forgotten_to)
-        ));
-    }
-    match Bookmark::decode(&known.snapshot.resume)? {
-        Some(bookmark) if bookmark.table != layout.oid => gap("it was dropped and created again".into()),
-        _ => Ok(()),
-    }
-}
-
-/// Fails where the server's log ends before what was read of it.
-fn check_reaches(config: &PostgresConfig, facts: &Facts, read_on: WalLocation) -> Result<()> {
-    if facts.wal_end >= read_on {
-        return Ok(());
-    }
-    let cause = format!(
-        "the log has its changes up to {}, but its own ends at {}: it is an older copy",
-        shown(read_on),
-        shown(facts.wal_end)
-    );
-    Err(Error::new(ErrorKind::SourceReplaced, "read", config.server.name(), cause)
-        .with_remedy("put the captured server back and start again, or start with an empty log"))
-}
-
-/// As PostgreSQL prints it.
-fn shown(location: WalLocation) -> String {
-    format!("{:X}/{:X}", location >> 32, location & u64::from(u32::MAX))
-}
-
-/// What could be captured, and what is in the way of it: nothing is changed.
-pub struct Inspected {
-    pub captures: Vec<CaptureInfo>,
-    /// Tables that cannot be captured, each with the reason.
-    pub failed: Vec<(CaptureId, Error)>,
-    /// Missing rights and settings.
-    pub problems: Vec<Error>,
-}
-
-pub async fn inspect(config: &PostgresConfig) -> Result<Inspected> {
-    let session = config.server.connect().await?;
-    let client = &session.client;
-    let found = catalog::tables(client, config, &mut Types::default()).await?;
-    let id = |name: &str| CaptureId::new(&config.source_name, name);
-    let names: Vec<String> = config.tables.iter().map(|table| table.name.clone()).collect();
-    let mut problems = setup::missing_rights(client, config, &names).await?;
-    problems.extend(Facts::read(client, config).await.err());
-    Ok(Inspected {
-        captures: found
-            .layouts
-            .into_iter()
-            .map(|(table, layout)| CaptureInfo { id: id(&table.name), schema: layout.schema })
-            .collect(),
-        failed: found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect(),
-        problems,
-    })
-}
-
-/// Makes publication and slot. May be repeated. Returns the tables that are captured, and why others are not.
-pub async fn install(config: &PostgresConfig) -> Result<(Vec<String>, Vec<Error>)> {
-    let session = config.server.connect().await?;
-    let client = &session.client;
-    Facts::read(client, config).await?;
-    let found = catalog::tables(client, config, &mut Types::default()).await?;
-    let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-    let (_, made) = setup::publication(client, config, &names).await?;
-    setup::slot(client, config, made, false).await?;
-    let unique: BTreeSet<String> = names.into_iter().collect();
-    Ok((unique.into_iter().collect(), found.failed.into_iter().map(|(_, error)| error).collect()))
-}
-
-/// The first rows of every table that can be captured, at most `rows` of each. Positions mean nothing.
-pub async fn sample(config: &PostgresConfig, rows: usize) -> Result<Vec<shori_core::change::ChangeBatch>> {
-    const SAMPLE_MAX_BYTES: usize = 16 << 20;
-    let mut session = config.server.connect().await?;
-    let found = catalog::tables(&session.client, config, &mut Types::default()).await?;
-    let transaction = snapshot::begin(&mut session.client).await?;
-    let mut sampled = Vec::new();
-    for (table, layout) in found.layouts {
-        let capture = Capture {
-            id: CaptureId::new(&config.source_name, &table.name),
-            schema_name: config.schema.as_str().into(),
-            progress: SnapshotProgress::requested(1),
-            layout: Arc::new(layout),
-            failed: false,
-            table,
-        };
-        let place = snapshot::Place { read_to: 8, chunk: 0, before: Position::ZERO, time: 0, filter: None };
-        let limit = BatchLimit { rows, bytes: SAMPLE_MAX_BYTES };
-        sampled.extend(snapshot::read_chunk(&transaction, &capture, &place, limit).await?.rows);
-    }
-    Ok(sampled)
-}
-
-/// Runs a script of the user's.
-pub async fn execute(server: &Server, script: &str) -> Result<()> {
-    let session = server.connect().await?;
-    session.client.batch_execute(script).await.map_err(server.fail("run a script in"))
-}
-
-/// Bytes of the server's log above the position with this `lsn`, changes of other tables among them.
-pub async fn log_bytes_above(config: &PostgresConfig, lsn: u64) -> Result<u64> {
-    let session = config.server.connect().await?;
-    let facts = Facts::read(&session.client, config).await?;
-    check_reaches(config, &facts, lsn)?;
-    Ok(facts.wal_end.saturating_sub(lsn.saturating_add(1)))
 }

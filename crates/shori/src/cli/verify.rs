@@ -224,12 +224,12 @@ fn input<'a>(
 fn source_input(loaded: &Loaded, source: &SourceConfig) -> Result<SourceInput> {
     Ok(match System::of(loaded, source)? {
         System::Sqlite(config) => SourceInput::Sqlite(config.path),
-        System::Postgres(config) => SourceInput::Postgres(PostgresPlace {
+        System::Postgres(config) => SourceInput::Postgres(Box::new(PostgresPlace {
             server: config.server,
             schema: config.schema,
             publication: config.publication,
             slot: config.slot,
-        }),
+        })),
     })
 }
 

@@ -60,7 +60,7 @@ pub struct VerifyInput {
 #[derive(Clone, Debug)]
 pub enum SourceInput {
     Sqlite(PathBuf),
-    Postgres(PostgresPlace),
+    Postgres(Box<PostgresPlace>),
 }
 
 /// A captured table.

@@ -1,0 +1,177 @@
+//! Where reading goes on: each capture as the log has it against what the server has now.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shori_core::position::{CaptureId, Position, Watermark};
+use shori_core::schema::{SchemaChange, TableSchema};
+use shori_core::source::{Resume, SnapshotProgress, SnapshotState};
+use shori_core::{Error, ErrorKind, Result};
+use tokio_postgres::Client;
+
+use crate::catalog::{self, Found, Layout, Types};
+use crate::message::WalLocation;
+use crate::setup::{Facts, Published, Slot};
+use crate::snapshot::Bookmark;
+use crate::stream::Capture;
+use crate::{PostgresConfig, PostgresTable, positions};
+
+/// What can be read, and from where.
+pub(crate) struct Ready {
+    pub captures: Vec<Capture>,
+    /// Captures that cannot go on, each with the reason.
+    pub failed: Vec<(CaptureId, Error)>,
+    /// Of the capture that is furthest behind; `None` where none has begun.
+    lowest: Option<Watermark>,
+    /// The furthest that any capture is staged.
+    pub furthest: Position,
+    /// Whether what is in the log may show commits that are still to come in the stream.
+    pub is_partly_read: bool,
+    /// Tables that are to be read anew.
+    pub snapshots: Vec<(CaptureId, SnapshotProgress)>,
+}
+
+pub(crate) fn has_begun(known: &Resume) -> bool {
+    known.snapshot.state != SnapshotState::Requested
+}
+
+/// Takes up every table that was found, where the log has it.
+pub(crate) async fn captures(
+    client: &Client,
+    config: &PostgresConfig,
+    resume: &BTreeMap<CaptureId, Resume>,
+    found: Found,
+    published: &BTreeMap<String, Published>,
+    slot: &Slot,
+    types: &Types,
+) -> Result<Ready> {
+    let id = |name: &str| CaptureId::new(&config.source_name, name);
+    let mut ready = Ready {
+        captures: Vec::with_capacity(found.layouts.len()),
+        failed: found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect(),
+        lowest: None,
+        furthest: Position::ZERO,
+        is_partly_read: false,
+        snapshots: Vec::new(),
+    };
+    for (table, layout) in found.layouts {
+        let id = id(&table.name);
+        let columns = published.get(&table.name).and_then(|published| published.columns.as_deref());
+        let known = resume.get(&id);
+        let layout = layout.published(&table, columns, types);
+        let checked = layout.and_then(|layout| match known.filter(|known| has_begun(known)) {
+            Some(begun) => check_resume(config, begun, &layout, slot).map(|()| layout),
+            None => Ok(layout),
+        });
+        ready.furthest = ready.furthest.max(known.map_or(Position::ZERO, |known| known.watermark.staged));
+        match checked {
+            Ok(layout) => ready.take_up(client, config, id, table, layout, known).await?,
+            Err(error) => ready.failed.push((id, error)),
+        }
+    }
+    Ok(ready)
+}
+
+impl Ready {
+    async fn take_up(
+        &mut self,
+        client: &Client,
+        config: &PostgresConfig,
+        id: CaptureId,
+        table: PostgresTable,
+        layout: Layout,
+        known: Option<&Resume>,
+    ) -> Result<()> {
+        let mut progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
+        if let Some(begun) = known.filter(|known| has_begun(known)) {
+            let watermark = begun.watermark;
+            self.is_partly_read |= !begun.snapshot.is_done() || watermark.boundary < watermark.staged;
+            let lowest = self.lowest.filter(|lowest| lowest.staged <= watermark.staged);
+            self.lowest = Some(lowest.unwrap_or(watermark));
+            if catalog::hold_values(client, layout.oid, &added(begun, &layout)).await? {
+                progress = read_anew(&id, &progress);
+                self.snapshots.push((id.clone(), progress.clone()));
+            }
+        }
+        let schema_name = config.schema.as_str().into();
+        self.captures.push(Capture { progress, schema_name, layout: Arc::new(layout), failed: false, table, id });
+        Ok(())
+    }
+
+    /// Where reading goes on: where nothing older is needed, where the slot begins.
+    pub fn watermark(&self, slot: &Slot, resume: &BTreeMap<CaptureId, Resume>) -> Result<Watermark> {
+        if let Some(lowest) = self.lowest {
+            return Ok(lowest);
+        }
+        let staged = positions::of_boundary(slot.forgotten_to)?.max(self.furthest);
+        let told = resume.values().map(|known| known.watermark);
+        let boundary = match positions::is_between_commits(&staged) {
+            true => staged,
+            false => told.clone().map(|mark| mark.boundary).max().unwrap_or(Position::ZERO),
+        };
+        let boundary_time = told.map(|mark| mark.boundary_time).max().unwrap_or(0);
+        Ok(Watermark { staged, boundary, boundary_time })
+    }
+}
+
+/// Columns that the table has and the log does not know of.
+fn added(known: &Resume, layout: &Layout) -> Vec<String> {
+    match known.schema.as_ref().map(|schema| schema.change_to(&layout.schema)) {
+        Some(SchemaChange::Evolved { added, .. }) => added.iter().map(|field| field.name().clone()).collect(),
+        _ => Vec::new(),
+    }
+}
+
+pub(crate) fn read_anew(capture: &CaptureId, progress: &SnapshotProgress) -> SnapshotProgress {
+    tracing::info!(%capture, "an added column has values already: the table is read again");
+    SnapshotProgress::requested(progress.generation.saturating_add(1))
+}
+
+/// Whether reading can go on where `known` stands.
+fn check_resume(config: &PostgresConfig, known: &Resume, layout: &Layout, slot: &Slot) -> Result<()> {
+    let table = &layout.schema.table;
+    let object = || format!("table {}", config.qualified(table));
+    let schema: Option<&Arc<TableSchema>> = known.schema.as_ref();
+    if let Some(SchemaChange::Incompatible { reason }) = schema.map(|schema| schema.change_to(&layout.schema)) {
+        return Err(Error::new(ErrorKind::Schema, "capture", object(), reason)
+            .with_remedy(format!("run shori resnapshot --retyped {table}")));
+    }
+    let gap = |cause: String| {
+        Err(Error::new(ErrorKind::Gap, "read", format!("changes of {}", object()), cause)
+            .with_remedy(format!("run shori resnapshot {table}")))
+    };
+    if let Some(lost) = &slot.lost {
+        return gap(format!("{lost}: what was committed since may be missing"));
+    }
+    let read_on = positions::read_on_at(&known.watermark.staged)?;
+    if slot.forgotten_to > read_on {
+        return gap(format!(
+            "source retention has passed the watermark: the log has it up to {}, the slot begins at {}",
+            shown(read_on),
+            shown(slot.forgotten_to)
+        ));
+    }
+    match Bookmark::decode(&known.snapshot.resume)? {
+        Some(bookmark) if bookmark.table != layout.oid => gap("it was dropped and created again".into()),
+        _ => Ok(()),
+    }
+}
+
+/// Fails where the server's log ends before what was read of it.
+pub(crate) fn check_reaches(config: &PostgresConfig, facts: &Facts, read_on: WalLocation) -> Result<()> {
+    if facts.wal_end >= read_on {
+        return Ok(());
+    }
+    let cause = format!(
+        "the log has its changes up to {}, but its own ends at {}: it is an older copy",
+        shown(read_on),
+        shown(facts.wal_end)
+    );
+    Err(Error::new(ErrorKind::SourceReplaced, "read", config.server.name(), cause)
+        .with_remedy("put the captured server back and start again, or start with an empty log"))
+}
+
+/// As PostgreSQL prints it.
+fn shown(location: WalLocation) -> String {
+    format!("{:X}/{:X}", location >> 32, location & u64::from(u32::MAX))
+}
