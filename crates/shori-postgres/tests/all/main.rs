@@ -11,3 +11,5 @@ mod messages;
 mod recorded;
 mod server;
 mod source_contract;
+mod store_contract;
+mod stored;
