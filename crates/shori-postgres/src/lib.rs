@@ -1,6 +1,6 @@
-//! PostgreSQL as a source, by logical replication (`pgoutput`).
+//! PostgreSQL as a source, by logical replication (`pgoutput`), and as a store (see [`store`]).
 //!
-//! # Constraints
+//! # Constraints of the source
 //!
 //! - Nothing is needed on the source but a publication and a slot, of PostgreSQL 14 or newer. What the server may forget
 //!   it is told only after it is in the log (contract 5).
@@ -39,6 +39,7 @@ mod setup;
 mod snapshot;
 mod source;
 mod start;
+pub mod store;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -46,6 +47,7 @@ use std::collections::BTreeMap;
 pub use connect::{Server, Session, Tls};
 pub use look::{Inspected, execute, inspect, install, log_bytes_above, sample};
 pub use source::PostgresSource;
+pub use store::PostgresStore;
 
 /// What to capture, and how.
 #[derive(Clone, Debug)]

@@ -17,4 +17,6 @@ mod schema_changes;
 mod server;
 mod snapshots;
 mod source_contract;
+mod store_contract;
+mod stored;
 mod writers;
