@@ -55,6 +55,13 @@ struct OpenAtStart {
     until: Option<Instant>,
 }
 
+/// Other columns, and snapshots asked for.
+#[derive(Default)]
+struct News {
+    schemas: Vec<CaptureInfo>,
+    snapshots: Vec<(CaptureId, SnapshotProgress)>,
+}
+
 struct Open {
     session: Session,
     replication: Replication,
@@ -75,8 +82,8 @@ struct Open {
     /// When the next chunk is tried, and whether somebody was told that it must wait.
     chunk_due: Instant,
     told_of_waiting: bool,
-    /// Tables that are to be read anew, still to be told.
-    snapshots: Vec<(CaptureId, SnapshotProgress)>,
+    /// What goes into the log with the next batch that moves on: it would take one that does not for known.
+    news: News,
     /// A call was dropped before it had ended: what it had read is lost.
     interrupted: bool,
 }
@@ -183,10 +190,7 @@ impl Open {
         let sight = Sight::of(client).await?;
         setup::slot_is_free(client, config).await?;
         let replication = Replication::start(&config.server, request).await?;
-        let infos = (ready.captures)
-            .iter()
-            .map(|capture| CaptureInfo { id: capture.id.clone(), schema: capture.layout.schema.clone() });
-        let started = Started { identity: facts.identity, captures: infos.collect(), failed: ready.failed };
+        let started = Started { identity: facts.identity, captures: ready.infos(resume), failed: ready.failed };
         let is_wanted_whole = ready.captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
         let mut cursor = Cursor::new(ready.captures, watermark, from);
         if ready.is_partly_read {
@@ -212,7 +216,10 @@ impl Open {
             furthest: ready.furthest,
             chunk_due: now,
             told_of_waiting: false,
-            snapshots: ready.snapshots,
+            news: News {
+                schemas: ready.reshaped.iter().map(|(info, _)| info.clone()).collect(),
+                snapshots: ready.reshaped.into_iter().map(|(info, progress)| (info.id, progress)).collect(),
+            },
             interrupted: false,
         };
         Ok((started, open))
@@ -234,7 +241,9 @@ impl Open {
 
     async fn step(&mut self, config: &PostgresConfig, limit: BatchLimit) -> Result<SourceBatch> {
         let mut gathered = Gathered::default();
-        gathered.snapshots.append(&mut self.snapshots);
+        let before = self.cursor.watermark.staged;
+        gathered.schemas.append(&mut self.news.schemas);
+        gathered.snapshots.append(&mut self.news.snapshots);
         answered(config, self.watch(config, &mut gathered)).await?;
         answered(config, self.settle()).await?;
         let read_chunk = self.chunk(config, limit, &mut gathered).await?;
@@ -242,7 +251,13 @@ impl Open {
             self.stream(config, limit, &mut gathered).await?;
         }
         self.tell_idle(!gathered.is_empty() || self.cursor.is_held())?;
-        let gathered = gathered.finish()?;
+        let mut gathered = gathered.finish()?;
+        if self.cursor.watermark.staged == before {
+            self.news = News {
+                schemas: std::mem::take(&mut gathered.schemas),
+                snapshots: std::mem::take(&mut gathered.snapshots),
+            };
+        }
         let reads_on = self.wants_chunk() && Instant::now() >= self.chunk_due;
         Ok(SourceBatch {
             changes: gathered.finished,
@@ -318,7 +333,7 @@ impl Open {
             Next::GoOn => Ok(false),
             Next::Reshaped(reshaped) => {
                 answered(config, self.reshape(config, reshaped, gathered)).await?;
-                Ok(!gathered.is_empty() || !gathered.schemas.is_empty())
+                Ok(!gathered.is_empty())
             }
             Next::Incomplete { capture } => {
                 answered(config, self.complete(&message, raw, capture, gathered)).await?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use shori_core::position::{CaptureId, Position, Watermark};
 use shori_core::schema::{SchemaChange, TableSchema};
-use shori_core::source::{Resume, SnapshotProgress, SnapshotState};
+use shori_core::source::{CaptureInfo, Resume, SnapshotProgress, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
 use tokio_postgres::Client;
 
@@ -27,8 +27,9 @@ pub(crate) struct Ready {
     pub furthest: Position,
     /// Whether what is in the log may show commits that are still to come in the stream.
     pub is_partly_read: bool,
-    /// Tables that are to be read anew.
-    pub snapshots: Vec<(CaptureId, SnapshotProgress)>,
+    /// Tables that have other columns than the log knows, with values in them: they are to be read anew. Until that is in
+    /// the log, their schema is the one that it knows, so that it is found again after a crash.
+    pub reshaped: Vec<(CaptureInfo, SnapshotProgress)>,
 }
 
 pub(crate) fn has_begun(known: &Resume) -> bool {
@@ -52,7 +53,7 @@ pub(crate) async fn captures(
         lowest: None,
         furthest: Position::ZERO,
         is_partly_read: false,
-        snapshots: Vec::new(),
+        reshaped: Vec::new(),
     };
     for (table, layout) in found.layouts {
         let id = id(&table.name);
@@ -90,12 +91,25 @@ impl Ready {
             self.lowest = Some(lowest.unwrap_or(watermark));
             if catalog::hold_values(client, layout.oid, &added(begun, &layout)).await? {
                 progress = read_anew(&id, &progress);
-                self.snapshots.push((id.clone(), progress.clone()));
+                let info = CaptureInfo { id: id.clone(), schema: layout.schema.clone() };
+                self.reshaped.push((info, progress.clone()));
             }
         }
         let schema_name = config.schema.as_str().into();
         self.captures.push(Capture { progress, schema_name, layout: Arc::new(layout), failed: false, table, id });
         Ok(())
+    }
+
+    /// What is captured, as the log is to know it.
+    pub fn infos(&self, resume: &BTreeMap<CaptureId, Resume>) -> Vec<CaptureInfo> {
+        let known = |id: &CaptureId| resume.get(id).and_then(|known| known.schema.clone());
+        let is_reshaped = |id: &CaptureId| self.reshaped.iter().any(|(info, _)| info.id == *id);
+        let info = |capture: &Capture| CaptureInfo {
+            id: capture.id.clone(),
+            schema: (known(&capture.id).filter(|_| is_reshaped(&capture.id)))
+                .unwrap_or_else(|| capture.layout.schema.clone()),
+        };
+        self.captures.iter().map(info).collect()
     }
 
     /// Where reading goes on: where nothing older is needed, where the slot begins.
