@@ -1,4 +1,4 @@
-//! Makes a pipeline from its configuration: the one place that knows which kinds of stores there are.
+//! Makes a pipeline from its configuration.
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -16,21 +16,20 @@ use shori_core::projection::{
 };
 use shori_core::retry::RetryPolicy;
 use shori_core::source::{BatchLimit, Source};
-use shori_core::store::Store;
 use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::database::{self, Database};
-use shori_duckdb::store::DuckdbStore;
 use shori_duckdb::transform::DuckdbTransform;
 
 use crate::config::{EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, StoreConfig, StoreKind};
 use crate::control::Client;
+use crate::stores::OpenStore;
 use crate::systems::System;
 
 /// A pipeline's files, held by this process alone until dropped.
 pub struct Opened {
     pub database: Database,
-    pub stores: BTreeMap<String, Arc<DuckdbStore>>,
-    pub staging: Arc<DuckdbStore>,
+    pub stores: BTreeMap<String, OpenStore>,
+    pub staging: OpenStore,
     _lock: Lock,
 }
 
@@ -96,7 +95,11 @@ pub fn must_be_able_to_begin(loaded: &Loaded) -> Result<()> {
 }
 
 fn is_made(loaded: &Loaded, store: &StoreConfig) -> bool {
-    loaded.resolve(&store.path).exists()
+    match store.kind {
+        StoreKind::Duckdb => loaded.resolve(store.file()).exists(),
+        // What is in it, only it can tell.
+        StoreKind::Postgres => true,
+    }
 }
 
 /// Before anything is made.
@@ -118,9 +121,7 @@ fn open_some(loaded: &Loaded, wanted: &dyn Fn(&StoreConfig) -> bool) -> Result<O
     })?;
     let mut stores = BTreeMap::new();
     for store in loaded.config.stores.iter().filter(|store| wanted(store)) {
-        let StoreKind::Duckdb = store.kind;
-        let opened = DuckdbStore::open(&database, &loaded.resolve(&store.path), &store.name)?;
-        stores.insert(store.name.clone(), Arc::new(opened));
+        stores.insert(store.name.clone(), OpenStore::open(loaded, store, &database)?);
     }
     let staging = stores.get(&loaded.staging()?.name).cloned();
     let staging = staging.ok_or_else(|| loaded.wrong("pipeline.staging", "no such store"))?;
@@ -135,13 +136,13 @@ pub fn pipeline(loaded: &Loaded, opened: &Opened, once: bool, events: Events) ->
         let name = configured.target.as_ref().unwrap_or(&loaded.staging()?.name);
         loaded.store(name)?;
         let store = opened.stores.get(name).ok_or_else(|| loaded.wrong(name, "the store is not open"))?;
-        projections.push((projection(loaded, configured)?, store.clone() as Arc<dyn Store>));
+        projections.push((projection(loaded, configured)?, store.store()));
     }
     Ok(Pipeline {
         name: loaded.config.pipeline.name.clone(),
         run_id: uuid::Uuid::new_v4().to_string(),
         sources: sources(loaded)?,
-        staging: opened.staging.clone(),
+        staging: opened.staging.store(),
         transform: Arc::new(transform),
         projections,
         settings: settings(loaded, once),

@@ -127,6 +127,7 @@ pub struct TableConfig {
 #[serde(rename_all = "lowercase")]
 pub enum StoreKind {
     Duckdb,
+    Postgres,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -134,7 +135,11 @@ pub enum StoreKind {
 pub struct StoreConfig {
     pub name: String,
     pub kind: StoreKind,
-    pub path: PathBuf,
+    /// Of `duckdb`: its file.
+    pub path: Option<PathBuf>,
+    /// Of `postgres`: where it is, and the database schema of its tables.
+    pub server: Option<ServerConfig>,
+    pub schema: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
@@ -436,6 +441,17 @@ impl SourceConfig {
 
     pub fn keep_changes(&self) -> Duration {
         Duration::from_secs(self.keep_changes_seconds.unwrap_or(defaults::KEEP_CHANGES_SECONDS))
+    }
+
+    pub fn schema(&self) -> &str {
+        self.schema.as_deref().unwrap_or(defaults::SCHEMA)
+    }
+}
+
+impl StoreConfig {
+    /// Of `duckdb`.
+    pub fn file(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new(""))
     }
 
     pub fn schema(&self) -> &str {

@@ -26,11 +26,13 @@ use arrow::ipc::writer::StreamWriter;
 use serde::{Deserialize, Serialize};
 use shori_core::pipeline::Handle;
 use shori_core::{Error, ErrorKind, Result};
-use shori_duckdb::store::{self, DuckdbStore};
+use shori_duckdb::store;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedWriteHalf;
 
 use frames::Frames;
+
+use crate::stores::{self, OpenStore};
 
 /// Longest request, in bytes.
 const REQUEST_MAX_BYTES: u64 = 1 << 20;
@@ -72,7 +74,7 @@ struct Failure {
 /// What the server answers from.
 pub struct Server {
     pub handle: Handle,
-    pub stores: std::collections::BTreeMap<String, Arc<DuckdbStore>>,
+    pub stores: std::collections::BTreeMap<String, OpenStore>,
 }
 
 /// Removes the socket's file when the pipeline ends.
@@ -218,7 +220,7 @@ async fn tell(write: &mut OwnedWriteHalf, answer: &Answer) -> std::io::Result<()
 }
 
 /// Sends rows in frames. The outer error is that of the connection.
-async fn send(rows: &mut store::Answer, write: &mut OwnedWriteHalf) -> std::io::Result<Result<()>> {
+async fn send(rows: &mut stores::Answer, write: &mut OwnedWriteHalf) -> std::io::Result<Result<()>> {
     let mut encoded = match StreamWriter::try_new(Vec::new(), rows.schema()) {
         Ok(encoded) => encoded,
         Err(error) => return Ok(Err(error.into())),

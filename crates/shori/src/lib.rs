@@ -8,5 +8,6 @@ pub mod control;
 pub mod failpoints;
 pub mod freshness;
 pub mod generate;
+pub mod stores;
 pub mod systems;
 pub mod verify;

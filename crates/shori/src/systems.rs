@@ -172,7 +172,7 @@ fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresCon
     })
 }
 
-fn server(loaded: &Loaded, config: &ServerConfig) -> Result<Server> {
+pub fn server(loaded: &Loaded, config: &ServerConfig) -> Result<Server> {
     let password = match &config.password_file {
         None => config.password.clone(),
         Some(file) => {

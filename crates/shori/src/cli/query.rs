@@ -12,8 +12,9 @@ use shori_duckdb::store::reading_statement;
 
 use super::Which;
 use super::printed::unprinted;
-use super::reach::Reach;
+use super::reach::{self, Reach};
 use super::status::rows;
+use crate::config::{Loaded, StoreKind};
 
 /// Run a query over a store, also while the pipeline runs. Reads only.
 #[derive(Args)]
@@ -29,7 +30,7 @@ pub struct Query {
     /// Print one JSON object per row
     #[arg(long)]
     json: bool,
-    /// DuckDB SQL, one statement that reads
+    /// One statement that reads, in the store's own SQL: DuckDB's or PostgreSQL's
     sql: String,
 }
 
@@ -38,6 +39,9 @@ impl Query {
         let loaded = self.which.load()?;
         let reach = Reach::to_look(&loaded)?;
         let store = self.store.as_deref();
+        if reach::kind(&loaded, store)? == StoreKind::Postgres {
+            return ask_postgres(&loaded, &reach, store, &self.sql, self.json);
+        }
         // Asked within a statement of ours, it would be refused less clearly.
         let question = reading_statement(&self.sql)?;
         let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
@@ -56,6 +60,21 @@ impl Query {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// A question in PostgreSQL's own SQL. The row's name is one that no column has.
+fn ask_postgres(loaded: &Loaded, reach: &Reach, store: Option<&str>, sql: &str, json: bool) -> Result<ExitCode> {
+    let question = sql.trim_end_matches(|letter: char| letter.is_whitespace() || letter == ';');
+    if json {
+        let sql = format!("select to_jsonb(__shori_row)::text as line from (\n{question}\n) as __shori_row");
+        let mut out = BufWriter::new(std::io::stdout().lock());
+        reach.scan(loaded, store, &sql, &mut |batch| print_lines(&batch, &mut out))?;
+        out.flush().map_err(unprinted)?;
+    } else {
+        let batches = reach.query(loaded, store, question)?;
+        super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The question's rows as JSON: DuckDB itself knows best how its values read. A column hides a row of the same name, so

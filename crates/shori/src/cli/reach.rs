@@ -6,12 +6,12 @@ use arrow::array::RecordBatch;
 use shori_core::pipeline::Handle;
 use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
-use shori_duckdb::store::DuckdbStore;
 
 use super::run;
 use crate::assemble::{self, Opened};
-use crate::config::{Loaded, ProjectionConfig};
+use crate::config::{Loaded, ProjectionConfig, StoreKind};
 use crate::control::{Client, Request};
+use crate::stores::OpenStore;
 
 pub enum Reach {
     Running(Client),
@@ -58,7 +58,7 @@ impl Reach {
         {
             return Ok(false);
         }
-        let made = "select name from (show tables) where name = 'ctl_ingestion_watermarks'";
+        let made = loaded.store(store)?.kind.has_tables();
         Ok(self.query(loaded, Some(store), made)?.iter().any(|batch| batch.num_rows() > 0))
     }
 
@@ -115,6 +115,11 @@ pub fn target<'a>(loaded: &'a Loaded, projection: &'a ProjectionConfig) -> Resul
     store_name(loaded, projection.target.as_deref())
 }
 
+/// What the store of a question is: the named one, or the staging store.
+pub fn kind(loaded: &Loaded, store: Option<&str>) -> Result<StoreKind> {
+    loaded.store(store_name(loaded, store)?).map(|store| store.kind)
+}
+
 fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
     Ok(match store {
         Some(name) => &loaded.store(name)?.name,
@@ -122,7 +127,7 @@ fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
     })
 }
 
-fn named<'a>(opened: &'a Opened, name: &str) -> Result<&'a Arc<DuckdbStore>> {
+fn named<'a>(opened: &'a Opened, name: &str) -> Result<&'a OpenStore> {
     opened.stores.get(name).ok_or_else(|| {
         let cause = "the pipeline has not run yet since it was configured";
         Error::new(ErrorKind::Unavailable, "look at", format!("store {name}"), cause).with_remedy("start it: shori run")

@@ -9,7 +9,6 @@ use clap::Args;
 use shori_core::Result;
 use shori_core::event::{Event, Events};
 use shori_core::position::CaptureId;
-use shori_core::store::Store;
 
 use super::Which;
 use crate::assemble;
@@ -80,7 +79,7 @@ async fn run(loaded: &Loaded, once: bool, failed: &Failed) -> Result<()> {
     prepared.run().await?;
     if once {
         // Captures that stand still since an earlier run have said so then.
-        for (id, state) in opened.staging.captures().await? {
+        for (id, state) in opened.staging.store().captures().await? {
             let mut sources = loaded.config.sources.iter().filter(|source| *source.name == *id.source);
             if let Some(reason) =
                 state.failed.filter(|_| sources.any(|source| source.tables.contains_key(&*id.instance)))

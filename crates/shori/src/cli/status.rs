@@ -13,7 +13,7 @@ use shori_core::{ErrorKind, Result};
 
 use super::Which;
 use super::reach::Reach;
-use crate::config::Loaded;
+use crate::config::{Loaded, StoreKind};
 use crate::systems::{Backlog, System};
 
 /// How far every capture and projection has come.
@@ -90,11 +90,13 @@ impl Status {
     }
 }
 
-const CAPTURES: &str = "
+fn captures_query(kind: StoreKind) -> String {
+    format!(
+        "
 select
     source_name,
     capture_instance,
-    lower(hex(last_ingested_lsn)),
+    {},
     failed_reason,
     (
         select cast(count(*) as varchar)
@@ -103,25 +105,35 @@ select
             and rejected.capture_instance = marks.capture_instance
     )
 from ctl_ingestion_watermarks as marks
-order by source_name, capture_instance";
+order by source_name, capture_instance",
+        kind.hex("last_ingested_lsn")
+    )
+}
 
-const PROJECTIONS: &str = "
+fn projections_query(kind: StoreKind) -> String {
+    format!(
+        "
 select
     projection_name,
     status,
-    lower(hex(as_of_lsn)),
-    strftime(as_of_time, '%Y-%m-%dT%H:%M:%S.%fZ'),
-    cast(epoch_us(as_of_time) as varchar),
+    {},
+    {},
+    {},
     last_error
 from ctl_projection_metadata
-order by projection_name";
+order by projection_name",
+        kind.hex("as_of_lsn"),
+        kind.iso_time("as_of_time"),
+        kind.micros("as_of_time")
+    )
+}
 
 pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
     let reach = Reach::to_look(loaded)?;
     reach.must_have_run(loaded)?;
     let mut captures = Vec::new();
     let mut asked = BTreeMap::new();
-    for row in rows(&reach.query(loaded, None, CAPTURES)?) {
+    for row in rows(&reach.query(loaded, None, &captures_query(loaded.staging()?.kind))?) {
         let [source, capture, lsn, failed, rejected] = take(row);
         // Captures of one source stand at one place, as a rule.
         let place = (source.clone().unwrap_or_default(), lsn.clone().unwrap_or_default());
@@ -143,7 +155,7 @@ pub fn read(loaded: &Loaded) -> Result<PipelineStatus> {
         if !reach.has_run(loaded, &store.name)? {
             continue;
         }
-        for row in rows(&reach.query(loaded, Some(&store.name), PROJECTIONS)?) {
+        for row in rows(&reach.query(loaded, Some(&store.name), &projections_query(store.kind))?) {
             projections.extend(projection(loaded, &store.name, row));
         }
     }

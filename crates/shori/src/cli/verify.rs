@@ -13,7 +13,7 @@ use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
-use crate::config::{Loaded, ProjectionConfig, ProjectionKind, SourceConfig};
+use crate::config::{Loaded, ProjectionConfig, ProjectionKind, SourceConfig, StoreKind};
 use crate::systems::System;
 use crate::verify::{
     self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
@@ -58,9 +58,17 @@ struct Served<'a> {
 }
 
 impl Serving for Served<'_> {
+    fn kind(&self) -> StoreKind {
+        kind_of(self.loaded, &self.store)
+    }
+
     fn choose(&mut self, store: &str) -> Result<()> {
         self.store = store.into();
         Ok(())
+    }
+
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
+        self.client.query(self.loaded, Some(&self.store), sql)
     }
 
     fn waits(&mut self, projections: &[&str]) {
@@ -73,32 +81,54 @@ impl Serving for Served<'_> {
     }
 }
 
-/// Reads what is served from the files, part by part, in memory that does not grow with the rows.
+fn kind_of(loaded: &Loaded, store: &str) -> StoreKind {
+    loaded.store(store).map_or(StoreKind::Duckdb, |store| store.kind)
+}
+
+/// Reads what is served from the stores themselves, part by part, in memory that does not grow with the rows.
 struct Files<'a> {
+    loaded: &'a Loaded,
+    reach: &'a Reach,
     database: &'a Database,
     store: String,
-    connection: Connection,
+    /// Of a DuckDB store.
+    connection: Option<Connection>,
 }
 
 impl Serving for Files<'_> {
+    fn kind(&self) -> StoreKind {
+        kind_of(self.loaded, &self.store)
+    }
+
     fn choose(&mut self, store: &str) -> Result<()> {
         if self.store != store {
-            self.connection = self.database.connect(store)?;
             self.store = store.into();
+            let is_file = self.kind() == StoreKind::Duckdb;
+            self.connection = if is_file { Some(self.database.connect(store)?) } else { None };
         }
         Ok(())
     }
 
     fn scan(&mut self, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<()> {
-        self.connection.scan(sql, take)
+        match &mut self.connection {
+            Some(connection) => connection.scan(sql, take),
+            None => self.reach.scan(self.loaded, Some(&self.store), sql, take),
+        }
+    }
+
+    fn query(&mut self, sql: &str) -> Result<Vec<RecordBatch>> {
+        match &mut self.connection {
+            Some(connection) => connection.query(sql),
+            None => self.reach.query(self.loaded, Some(&self.store), sql),
+        }
     }
 
     fn hold(&mut self) -> Result<()> {
-        self.connection.hold()
+        self.connection.as_mut().map_or(Ok(()), Serving::hold)
     }
 
     fn release(&mut self) -> Result<()> {
-        self.connection.release()
+        self.connection.as_mut().map_or(Ok(()), Serving::release)
     }
 }
 
@@ -108,8 +138,10 @@ pub fn verify(loaded: &Loaded) -> Result<Report> {
     let staging = loaded.staging()?.name.clone();
     let mut serving: Box<dyn Serving> = match &reach {
         Reach::Files(opened) => {
-            let connection = opened.database.connect(&staging)?;
-            Box::new(Files { database: &opened.database, store: staging, connection })
+            let (database, store) = (&opened.database, String::new());
+            let mut files = Files { loaded, reach: &reach, database, store, connection: None };
+            files.choose(&staging)?;
+            Box::new(files)
         }
         Reach::Running(_) => Box::new(Served { loaded, client: &reach, store: staging }),
     };

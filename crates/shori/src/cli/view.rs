@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::stores::OpenStore;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Modifier, Style};
@@ -11,7 +12,6 @@ use ratatui::widgets::{Block, Paragraph, Row, Table};
 use ratatui::{DefaultTerminal, Frame};
 use shori_core::pipeline::Handle;
 use shori_core::{Error, ErrorKind, Result};
-use shori_duckdb::store::DuckdbStore;
 use tokio::task::JoinHandle;
 
 use super::demo::Counts;
@@ -31,12 +31,7 @@ order by minute_bucket desc, segment
 limit 8";
 
 /// Draws until the pipeline stops; q, Esc and Ctrl-C stop it.
-pub fn show(
-    counts: Arc<Counts>,
-    handle: Handle,
-    store: Arc<DuckdbStore>,
-    changes: Option<u64>,
-) -> JoinHandle<Result<()>> {
+pub fn show(counts: Arc<Counts>, handle: Handle, store: OpenStore, changes: Option<u64>) -> JoinHandle<Result<()>> {
     tokio::task::spawn_blocking(move || {
         let mut terminal = ratatui::try_init().map_err(drawing)?;
         let drawn = View { counts, handle, store, changes, last: Sample::default() }.run(&mut terminal);
@@ -52,7 +47,7 @@ fn drawing(cause: std::io::Error) -> Error {
 struct View {
     counts: Arc<Counts>,
     handle: Handle,
-    store: Arc<DuckdbStore>,
+    store: OpenStore,
     changes: Option<u64>,
     last: Sample,
 }

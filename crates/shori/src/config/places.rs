@@ -26,8 +26,8 @@ pub(super) fn must_be_made(directory: &Path) -> Result<()> {
 pub(super) fn of_stores(loaded: &Loaded) -> Vec<Error> {
     let mut problems = Vec::new();
     // An empty path is refused as such.
-    for store in loaded.config.stores.iter().filter(|store| !store.path.as_os_str().is_empty()) {
-        let path = loaded.resolve(&store.path);
+    for store in loaded.config.stores.iter().filter(|store| !store.file().as_os_str().is_empty()) {
+        let path = loaded.resolve(store.file());
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let (cause, remedy) = if path.is_dir() {
             (format!("its path {} is a folder", path.display()), "give the path of a file")

@@ -9,7 +9,7 @@ use shori_core::Error;
 use shori_core::schema::parse_type;
 use shori_duckdb::store::is_reserved_table;
 
-use super::{Loaded, SourceKind, TableConfig, TlsMode, nearest};
+use super::{Loaded, ServerConfig, SourceKind, StoreKind, TableConfig, TlsMode, nearest};
 
 /// Names under which the embedded DuckDB has databases of its own.
 const RESERVED_STORES: [&str; 5] = ["cache", "cache_work", "memory", "system", "temp"];
@@ -73,7 +73,8 @@ fn distinct<'a>(loaded: &Loaded, what: &str, names: impl Iterator<Item = &'a str
 
 /// Keys that a kind of source needs, or does not have.
 fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
-    for source in &loaded.config.sources {
+    let config = &loaded.config;
+    for source in &config.sources {
         let of_sqlite = [
             ("path", source.path.is_some()),
             ("busy_timeout_ms", source.busy_timeout_ms.is_some()),
@@ -86,31 +87,58 @@ fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
             ("slot", source.slot.is_some()),
             ("manage", source.manage.is_some()),
         ];
+        let object = format!("source {}", source.name);
         let (own, foreign, kind) = match source.kind {
             SourceKind::Sqlite => (&of_sqlite[..], &of_postgres[..], "postgres"),
             SourceKind::Postgres => (&of_postgres[..], &of_sqlite[..], "sqlite"),
         };
-        let object = format!("source {}", source.name);
-        // The first of its keys is the one that it cannot be without.
-        if let Some((key, _)) = own.first().filter(|(_, is_given)| !is_given) {
-            found.push(loaded.wrong(&object, &format!("it has no {key}, which says where it is")));
-        }
-        for (key, _) in foreign.iter().filter(|(_, is_given)| *is_given) {
-            found.push(loaded.wrong(&object, &format!("it has {key}, which is for kind \"{kind}\": leave it out")));
-        }
+        keys(loaded, &object, own, foreign, kind, found);
         if let Some(slot) = source.slot.as_ref().filter(|slot| !is_slot_name(slot)) {
             let cause = format!("slot {slot:?} is no name of a slot: use a to z, 0 to 9 and _, 63 letters at most");
             found.push(loaded.wrong(&object, &cause));
         }
-        if let Some(server) = &source.server {
-            if server.password.is_some() && server.password_file.is_some() {
-                found.push(loaded.wrong(&object, "its server has password and password_file: give one of them"));
-            }
-            if server.tls == Some(TlsMode::Off) && server.tls_roots.is_some() {
-                found.push(loaded.wrong(&object, "its server has tls_roots, and tls is off: leave out one of them"));
-            }
-        }
+        found.extend(source.server.as_ref().into_iter().flat_map(|server| contradictions(loaded, &object, server)));
     }
+    for store in &config.stores {
+        let object = format!("store {}", store.name);
+        let of_duckdb = [("path", store.path.is_some())];
+        let of_postgres = [("server", store.server.is_some()), ("schema", store.schema.is_some())];
+        let (own, foreign, kind) = match store.kind {
+            StoreKind::Duckdb => (&of_duckdb[..], &of_postgres[..], "postgres"),
+            StoreKind::Postgres => (&of_postgres[..], &of_duckdb[..], "duckdb"),
+        };
+        keys(loaded, &object, own, foreign, kind, found);
+        found.extend(store.server.as_ref().into_iter().flat_map(|server| contradictions(loaded, &object, server)));
+    }
+}
+
+/// Keys with whether they are given.
+type Keys<'a> = &'a [(&'a str, bool)];
+
+/// The first of a kind's own keys is the one that it cannot be without; `kind` has the foreign ones.
+fn keys(loaded: &Loaded, object: &str, own: Keys<'_>, foreign: Keys<'_>, kind: &str, found: &mut Vec<Error>) {
+    if let Some((key, _)) = own.first().filter(|(_, is_given)| !is_given) {
+        found.push(loaded.wrong(object, &format!("it has no {key}, which says where it is")));
+    }
+    for (key, _) in foreign.iter().filter(|(_, is_given)| *is_given) {
+        found.push(loaded.wrong(object, &format!("it has {key}, which is for kind \"{kind}\": leave it out")));
+    }
+}
+
+/// What a server's settings say twice, or against each other.
+fn contradictions(loaded: &Loaded, object: &str, server: &ServerConfig) -> Vec<Error> {
+    let mut found = Vec::new();
+    if server.password.is_some() && server.password_file.is_some() {
+        found.push(loaded.wrong(object, "its server has password and password_file: give one of them"));
+    }
+    if server.tls == Some(TlsMode::Off) && server.tls_roots.is_some() {
+        found.push(loaded.wrong(object, "its server has tls_roots, and tls is off: leave out one of them"));
+    }
+    let seconds = 1..=SECONDS_MAX;
+    let key = |key: &str| format!("{key} of {object}");
+    found.extend(within(loaded, &key("connect_timeout_seconds"), server.connect_timeout_seconds, seconds.clone()));
+    found.extend(within(loaded, &key("statement_timeout_seconds"), server.statement_timeout_seconds, seconds));
+    found
 }
 
 /// As the server accepts it (PostgreSQL documentation, "Replication Slots").
@@ -124,7 +152,7 @@ fn paths(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
     let files = config.sources.iter().filter_map(|source| Some((source, source.path.as_ref()?)));
     let sources = files.map(|(source, path)| ("source", &source.name, path));
-    let stores = config.stores.iter().map(|store| ("store", &store.name, &store.path));
+    let stores = config.stores.iter().filter_map(|store| Some(("store", &store.name, store.path.as_ref()?)));
     let mut before: Vec<(PathBuf, String)> = Vec::new();
     for (what, name, path) in sources.chain(stores) {
         let file = real(&loaded.resolve(path));
@@ -209,13 +237,6 @@ fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
         found.extend(within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX));
         if let Some(seconds) = source.keep_changes_seconds {
             found.extend(within(loaded, &key("keep_changes_seconds"), seconds, 0..=SECONDS_MAX));
-        }
-        if let Some(server) = &source.server {
-            let timeouts = 1..=SECONDS_MAX;
-            let connect = server.connect_timeout_seconds;
-            found.extend(within(loaded, &key("connect_timeout_seconds"), connect, timeouts.clone()));
-            let statement = server.statement_timeout_seconds;
-            found.extend(within(loaded, &key("statement_timeout_seconds"), statement, timeouts));
         }
     }
     found.extend(within(loaded, "ingest.batch_max_rows", config.ingest.batch_max_rows, 1..=usize::MAX));

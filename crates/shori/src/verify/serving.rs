@@ -13,6 +13,8 @@ use shori_core::{Error, ErrorKind, Result};
 
 use super::scratch::{Scratch, quote_name, quote_text, scratch_error};
 use super::{ProjectionInput, VerifyInput};
+use crate::config::StoreKind;
+use crate::stores::duckdb_type;
 
 /// How often a projection is read again because it moved meanwhile.
 const READS_MAX: usize = 5;
@@ -24,6 +26,23 @@ pub trait Serving {
     /// Reads are of this store from here on; where there is one only, it is that.
     fn choose(&mut self, _store: &str) -> Result<()> {
         Ok(())
+    }
+
+    /// The kind of the chosen store.
+    fn kind(&self) -> StoreKind {
+        StoreKind::Duckdb
+    }
+
+    /// Columns of a table of the chosen store, with DuckDB's names of their types.
+    fn describe(&mut self, table: &str) -> Result<Vec<[String; 2]>> {
+        let table = quote_name(table);
+        if self.kind() == StoreKind::Duckdb {
+            let described = self.query(&format!("describe select * from {table}"))?;
+            return described.iter().map(texts::<2>).collect::<Result<Vec<_>>>().map(|rows| rows.concat());
+        }
+        let empty = self.query(&format!("select * from {table} limit 0"))?;
+        let fields = empty.iter().take(1).flat_map(|batch| batch.schema().fields().iter().cloned().collect::<Vec<_>>());
+        fields.map(|field| Ok([field.name().clone(), duckdb_type(field.data_type())?])).collect()
     }
 
     /// Told once, before projections that are behind the source are waited for.
@@ -185,13 +204,9 @@ fn load_once(serving: &mut dyn Serving, scratch: &Scratch, projection: &Projecti
     let table = quote_name(&projection.name);
     scratch.execute(&format!("drop table if exists found.{table}"))?;
     // An empty answer has no batch that tells the columns: the description does.
-    let columns = serving.query(&format!("describe select * from {table}"))?;
-    let mut definitions = Vec::new();
-    for batch in &columns {
-        for [name, data_type] in texts(batch)? {
-            definitions.push(format!("{} {data_type}", quote_name(&name)));
-        }
-    }
+    let columns = serving.describe(&projection.name)?;
+    let definitions: Vec<_> =
+        columns.iter().map(|[name, data_type]| format!("{} {data_type}", quote_name(name))).collect();
     scratch.execute(&format!("create table found.{table} ({})", definitions.join(", ")))?;
     serving.scan(&format!("select * from {table}"), &mut |batch| {
         check_types(&batch, &projection.name)?;
@@ -207,10 +222,12 @@ fn read_checkpoint(serving: &mut dyn Serving, projection: &ProjectionInput) -> R
     // A position without a sequence stands before its change.
     let query = format!(
         "
-        select capture_instance, hex(last_consumed_lsn), hex(last_seq)
+        select capture_instance, {}, {}
         from ctl_projection_checkpoints
         where projection_name = {}
         ",
+        serving.kind().hex("last_consumed_lsn"),
+        serving.kind().hex("last_seq"),
         quote_text(&projection.name)
     );
     let mut stored = BTreeMap::new();
