@@ -37,10 +37,6 @@ impl Stored {
         stored.store.bootstrap().await.unwrap();
         stored
     }
-
-    pub async fn count(&self, sql: &str) -> i64 {
-        self.client.query_one(sql, &[]).await.unwrap().get(0)
-    }
 }
 
 pub fn open(server: &Server, database: &str) -> PostgresStore {
@@ -148,7 +144,7 @@ pub async fn rows_of(client: &Client, schema: &str, target: &Target) -> Vec<Row>
     let column = |field: &Arc<Field>| {
         let own = [history::SURROGATE_KEY, history::BATCH_ID, history::CREATED_AT, history::UPDATED_AT];
         let is_moved = target.shape == TargetShape::Versions && own.contains(&field.name().as_str());
-        let name = format!("\"{}{}\"", field.name(), if is_moved { "__source" } else { "" });
+        let name = format!("\"{}{}\"", field.name().replace('"', "\"\""), if is_moved { "__source" } else { "" });
         match field.data_type() {
             DataType::Timestamp(..) => format!("(extract(epoch from {name}) * 1000000)::bigint::text"),
             DataType::Date32 => format!("({name} - date '1970-01-01')::text"),
