@@ -20,6 +20,7 @@ mod source_contract;
 mod store_compact;
 mod store_contract;
 mod store_crash;
+mod store_errors;
 mod store_log;
 mod store_output;
 mod store_rates;

@@ -160,7 +160,8 @@ pub async fn rows_of(client: &Client, schema: &str, target: &Target) -> Vec<Row>
     let value = |text: &str, data_type: &DataType| match data_type {
         DataType::Boolean => Value::Boolean(text == "true"),
         DataType::Int16 | DataType::Int32 | DataType::Int64 => Value::Integer(text.parse().unwrap()),
-        DataType::Float32 | DataType::Float64 => Value::Float(text.parse::<f64>().unwrap().to_bits()),
+        DataType::Float32 => Value::Float(f64::from(text.parse::<f32>().unwrap()).to_bits()),
+        DataType::Float64 => Value::Float(text.parse::<f64>().unwrap().to_bits()),
         DataType::Utf8 => Value::Text(text.into()),
         DataType::Decimal128(..) => Value::Decimal(text.parse().unwrap()),
         DataType::Binary => Value::Binary(
