@@ -6,6 +6,8 @@ use std::sync::Arc;
 use arrow::array::{Array, Int64Array, StringArray};
 use arrow::datatypes::{DataType, Field};
 use futures::TryStreamExt;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use shori_core::ErrorKind;
 use shori_core::change::{ChangeHeadBuilder, Op};
 use shori_core::position::{Position, Watermark};
@@ -223,4 +225,36 @@ async fn a_long_log_is_read_in_order_in_parts_while_appends_go_on() {
     assert_eq!(kept, at(150_000, 0));
     assert_eq!(store.retention_horizon(&id("orders"), Some(0), Some(1_000_000)).await.unwrap(), ZERO);
     assert_eq!(store.retention_horizon(&id("orders"), Some(i64::MAX / 2), None).await.unwrap(), at(150_009, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spec4_09_the_newest_row_of_a_time_is_found_in_any_log() {
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    for _ in 0..4 {
+        let Stored { store, client, .. } = prepared().await;
+        let horizon = async |time| store.retention_horizon(&id("orders"), Some(time), None).await.unwrap();
+        assert_eq!(horizon(5).await, ZERO);
+        let mut lsn = 0;
+        let mut images = Vec::new();
+        for _ in 0..random.random_range(1..40) {
+            let bits = random.random_range(1..40);
+            lsn += random.random_range(1..1u64 << bits);
+            for seq in 0..random.random_range(1..4) {
+                images.push(image(lsn, seq, Op::Insert, 1, "a"));
+            }
+        }
+        append(&store, &[("orders", ZERO)], &[batch("orders", &images)], at(lsn, 9)).await.unwrap();
+        // Staged one to three at a time, also in the middle of a commit.
+        let stage = "
+            with numbered as (select ctid as row, row_number() over (order by lsn, seqval) as number from stg_cdc_orders)
+            update stg_cdc_orders as s set ingested_at = timestamp 'epoch' + n.number / $1 * interval '1 microsecond'
+            from numbered n where s.ctid = n.row";
+        let step = random.random_range(1..4i64);
+        client.execute(stage, &[&step]).await.unwrap();
+        for time in -1..=images.len() as i64 / step + 2 {
+            let is_before = |number: &usize| (*number as i64 + 1) / step < time;
+            let last = (0..images.len()).take_while(is_before).last();
+            assert_eq!(horizon(time).await, last.map_or(ZERO, |last| images[last].position), "{time} of {step}");
+        }
+    }
 }
