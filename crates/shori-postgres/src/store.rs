@@ -13,8 +13,8 @@
 //! # Layout
 //!
 //! `layout` has all names and definitions. `session` makes connections; `copy_in` and `copy_out` are between Arrow and
-//! the binary format. `captures`, `append`, `read` and `compact` are the log; `target`, `output` and `history` results;
-//! `runs` the records of runs; `query` questions of people.
+//! the binary format. `captures`, `append`, `read`, `retention` and `compact` are the log; `target`, `output` and
+//! `history` results; `runs` the records of runs; `query` questions of people.
 
 mod append;
 mod captures;
@@ -26,6 +26,7 @@ mod layout;
 mod output;
 mod query;
 mod read;
+mod retention;
 mod runs;
 mod session;
 mod target;
@@ -126,7 +127,7 @@ impl Store for PostgresStore {
         staged_before: Option<Micros>,
         keep_rows: Option<u64>,
     ) -> Result<Position> {
-        transaction!(self, "the log", link => read::retention_horizon(link, capture, staged_before, keep_rows))
+        transaction!(self, "the log", link => retention::horizon(link, capture, staged_before, keep_rows))
     }
 
     async fn prepare_target(&self, target: &Target) -> Result<()> {

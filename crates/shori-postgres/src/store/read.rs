@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use shori_core::Result;
 use shori_core::change::ChangeBatch;
-use shori_core::position::{CaptureId, Micros, Position};
+use shori_core::position::{CaptureId, Position};
 use shori_core::store::LogStream;
 use tokio_postgres::CopyOutStream;
 
@@ -14,7 +14,7 @@ use super::append::move_marks;
 use super::captures::{self, Capture};
 use super::copy_out::{Images, Rows};
 use super::layout;
-use super::session::{Link, Links, Time, above, at_or_below, failed, get_position};
+use super::session::{Link, Links, above, at_or_below, failed};
 use crate::connect::quoted;
 
 /// Changes and bytes in a batch that is handed out.
@@ -100,32 +100,4 @@ fn select(capture: &Capture, after: &Position, up_to: &Position) -> String {
         above("lsn", "seqval", after),
         at_or_below("lsn", "seqval", up_to)
     )
-}
-
-/// See [`Store::retention_horizon`](shori_core::store::Store::retention_horizon).
-pub(super) async fn retention_horizon(
-    link: &Link,
-    id: &CaptureId,
-    staged_before: Option<Micros>,
-    keep_rows: Option<u64>,
-) -> Result<Position> {
-    let object = object(id);
-    link.run("set local statement_timeout = 0; set local enable_seqscan = off", &object).await?;
-    let capture = captures::one(link, id).await?;
-    let table = quoted(&capture.staging_table);
-    let newest = "order by lsn desc, seqval desc limit 1";
-    let mut horizon = capture.horizon;
-    if let Some(before) = staged_before {
-        let sql = format!("select lsn, seqval from {table} where ingested_at < $1 {newest}");
-        for row in link.rows_of(&sql, &[&Time(before)], &object).await? {
-            horizon = horizon.max(get_position(&row, 0)?);
-        }
-    }
-    if let Some(keep) = keep_rows {
-        let sql = format!("select lsn, seqval from {table} {newest} offset {}", keep.min(i64::MAX as u64));
-        for row in link.rows_of(&sql, &[], &object).await? {
-            horizon = horizon.max(get_position(&row, 0)?);
-        }
-    }
-    Ok(horizon)
 }

@@ -182,6 +182,7 @@ pub(super) fn failed(operation: &str, object: &str, cause: tokio_postgres::Error
         "53100" => (ErrorKind::DiskFull, Some("free space where the server keeps its data")),
         // A key that comes twice in one output, or that stands already where it must not.
         "21000" | "23505" => (ErrorKind::Internal, None),
+        "2BP01" => (ErrorKind::Schema, Some("drop what depends on it, and create it again when the pipeline runs")),
         // A value longer than an index takes, a table with too many columns.
         code if code.starts_with("54") => (ErrorKind::Data, Some("leave the column out, or out of the key")),
         code if code.starts_with("22") => (ErrorKind::Data, None),

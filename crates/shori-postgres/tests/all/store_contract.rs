@@ -26,6 +26,10 @@ impl StoreHarness for Databases {
         let name = server.create_database().await;
         Box::new(Database { address: address(server, &name), client: server.connect(&name).await })
     }
+
+    fn seeds(&self) -> u64 {
+        std::env::var("SHORI_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(4)
+    }
 }
 
 #[async_trait]

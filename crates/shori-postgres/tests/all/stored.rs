@@ -37,10 +37,6 @@ impl Stored {
         stored.store.bootstrap().await.unwrap();
         stored
     }
-
-    pub async fn count(&self, sql: &str) -> i64 {
-        self.client.query_one(sql, &[]).await.unwrap().get(0)
-    }
 }
 
 pub fn open(server: &Server, database: &str) -> PostgresStore {
@@ -148,7 +144,7 @@ pub async fn rows_of(client: &Client, schema: &str, target: &Target) -> Vec<Row>
     let column = |field: &Arc<Field>| {
         let own = [history::SURROGATE_KEY, history::BATCH_ID, history::CREATED_AT, history::UPDATED_AT];
         let is_moved = target.shape == TargetShape::Versions && own.contains(&field.name().as_str());
-        let name = format!("\"{}{}\"", field.name(), if is_moved { "__source" } else { "" });
+        let name = format!("\"{}{}\"", field.name().replace('"', "\"\""), if is_moved { "__source" } else { "" });
         match field.data_type() {
             DataType::Timestamp(..) => format!("(extract(epoch from {name}) * 1000000)::bigint::text"),
             DataType::Date32 => format!("({name} - date '1970-01-01')::text"),
@@ -164,7 +160,8 @@ pub async fn rows_of(client: &Client, schema: &str, target: &Target) -> Vec<Row>
     let value = |text: &str, data_type: &DataType| match data_type {
         DataType::Boolean => Value::Boolean(text == "true"),
         DataType::Int16 | DataType::Int32 | DataType::Int64 => Value::Integer(text.parse().unwrap()),
-        DataType::Float32 | DataType::Float64 => Value::Float(text.parse::<f64>().unwrap().to_bits()),
+        DataType::Float32 => Value::Float(f64::from(text.parse::<f32>().unwrap()).to_bits()),
+        DataType::Float64 => Value::Float(text.parse::<f64>().unwrap().to_bits()),
         DataType::Utf8 => Value::Text(text.into()),
         DataType::Decimal128(..) => Value::Decimal(text.parse().unwrap()),
         DataType::Binary => Value::Binary(
