@@ -40,9 +40,39 @@ struct Shop {
     database: String,
 }
 
+/// Where log and results are kept.
+#[derive(Clone, Copy)]
+enum Kept {
+    InFile,
+    /// In another database of the same server.
+    InServer,
+}
+
+impl Kept {
+    fn store(self, server: &Server, runtime: &Runtime) -> String {
+        match self {
+            Kept::InFile => "kind = \"duckdb\"\npath = \"serving.duckdb\"".into(),
+            Kept::InServer => {
+                let database = runtime.block_on(server.create_database());
+                format!("kind = \"postgres\"\nserver = {}", address(server, &database))
+            }
+        }
+    }
+}
+
+fn address(server: &Server, database: &str) -> String {
+    let port = server.port();
+    format!("{{ host = \"127.0.0.1\", port = {port}, database = \"{database}\", user = \"postgres\" }}")
+}
+
 impl Shop {
     fn over(server: &Server) -> Self {
+        Self::kept(server, Kept::InFile)
+    }
+
+    fn kept(server: &Server, kept: Kept) -> Self {
         let runtime = Runtime::new().unwrap();
+        let store = kept.store(server, &runtime);
         let database = runtime.block_on(async {
             let database = server.create_database().await;
             server.connect(&database).await.batch_execute(TABLES).await.unwrap();
@@ -54,15 +84,14 @@ impl Shop {
             [[source]]
             name = \"shop\"
             kind = \"postgres\"
-            server = {{ host = \"127.0.0.1\", port = {}, database = \"{database}\", user = \"postgres\" }}
+            server = {}
             slot = \"shop_{database}\"
             snapshot_chunk_rows = 700
             tables.orders = {{}}
             tables.customers = {{}}
             [[store]]
             name = \"serving\"
-            kind = \"duckdb\"
-            path = \"serving.duckdb\"
+            {store}
             [[projection]]
             name = \"orders_history\"
             kind = \"history\"
@@ -78,7 +107,7 @@ impl Shop {
             tables = [\"orders\", \"customers\"]
             key = [\"segment\"]
             ",
-            server.port()
+            address(server, &database)
         );
         let world = World::configured(&configuration, &[("by_segment.sql", QUERY)], "");
         Self { world, runtime, database }
@@ -162,8 +191,17 @@ fn transaction(rng: &mut ChaCha8Rng) -> String {
 
 #[test]
 fn killed_again_and_again_a_pipeline_loses_and_doubles_nothing() {
+    is_killed_again_and_again(Kept::InFile);
+}
+
+#[test]
+fn killed_again_and_again_a_pipeline_into_a_server_loses_and_doubles_nothing() {
+    is_killed_again_and_again(Kept::InServer);
+}
+
+fn is_killed_again_and_again(kept: Kept) {
     let server = Server::shared();
-    let shop = Shop::over(server);
+    let shop = Shop::kept(server, kept);
     let writers = [shop.keep_writing(server, 1), shop.keep_writing(server, 2)];
     let written = || writers.iter().map(Writer::commits).sum::<u64>();
     for round in 0..6 {
@@ -202,6 +240,34 @@ fn a_server_that_is_killed_is_read_on_when_it_is_back() {
     drop(running);
     shop.assert_verified();
     server.stop();
+}
+
+/// The demo pipeline, with its results in a server.
+#[test]
+fn a_file_is_captured_into_a_server() {
+    let server = Server::shared();
+    let runtime = Runtime::new().unwrap();
+    let demo = include_str!("../../../../pipelines/demo/shori.toml");
+    let (head, tail) = demo.split_once("[[store]]").unwrap();
+    let (_, projections) = tail.split_once("[[projection]]").unwrap();
+    let store = Kept::InServer.store(server, &runtime);
+    let configuration = format!("{head}[[store]]\nname = \"serving\"\n{store}\n[[projection]]{projections}");
+    let kpi = include_str!("../../../../pipelines/demo/sql/proj_orders_kpi_by_minute_segment.sql");
+    let latest = include_str!("../../../../pipelines/demo/sql/proj_orders_latest.sql");
+    let sample = include_str!("../../../../pipelines/demo/sql/sample_source.sql");
+    let world = World::configured(&configuration, &[], sample);
+    std::fs::create_dir(world.path("sql")).unwrap();
+    world.put("sql/proj_orders_kpi_by_minute_segment.sql", kpi);
+    world.put("sql/proj_orders_latest.sql", latest);
+    for seed in ["1", "2"] {
+        world.succeed(&["generate", "--changes", "4000", "--seed", seed, "--customers", "50"]);
+        world.succeed(&["run", "--once"]);
+        world.verify();
+    }
+    let done = world.succeed(&["query", "--json", "select count(*) as orders from proj_orders_latest"]);
+    assert!(done.json()["orders"].as_i64().unwrap() > 0, "{done:?}");
+    let done = world.succeed(&["status", "--json"]);
+    assert_eq!(done.json()["projections"].as_array().unwrap().len(), 4, "{done:?}");
 }
 
 #[test]
