@@ -20,7 +20,11 @@ use crate::server::Server;
 use crate::store_output::{closes, commit};
 use crate::stored::*;
 
-const ROWS: usize = 200_000;
+/// Enough to leave any batch or buffer, or as many as `SHORI_RATE_ROWS` says.
+fn row_count() -> usize {
+    std::env::var("SHORI_RATE_ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(200_000)
+}
+
 const SETTINGS: [(&str, &str); 3] = [("fsync", "on"), ("shared_buffers", "512MB"), ("max_wal_size", "4GB")];
 
 fn order_fields() -> Vec<Field> {
@@ -88,51 +92,51 @@ fn tell(what: &str, rows: usize, since: Instant) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_thousand_changes_are_appended_and_read() {
+async fn many_changes_are_appended_and_read() {
     let server = Server::start(&SETTINGS);
     let Stored { store, .. } = Stored::on(&server).await;
     let schema = Arc::new(TableSchema::new("orders", order_fields(), &["order_id"]).unwrap());
     let info = CaptureInfo { id: id("orders"), schema: schema.clone() };
     store.prepare_captures("t", "here", &[info]).await.unwrap();
     let mut head = ChangeHeadBuilder::default();
-    (1..=ROWS as u64).for_each(|n| head.push(&at(n, 0), Op::Insert, n as i64));
-    let batch: ChangeBatch = head.finish(id("orders"), schema, orders(0..ROWS as i64)).unwrap();
+    (1..=row_count() as u64).for_each(|n| head.push(&at(n, 0), Op::Insert, n as i64));
+    let batch: ChangeBatch = head.finish(id("orders"), schema, orders(0..row_count() as i64)).unwrap();
     let since = Instant::now();
     let zero = [("orders", Position::ZERO)];
-    let applied = append(&store, &zero, std::slice::from_ref(&batch), at(ROWS as u64, 0)).await.unwrap();
-    tell("append, one transaction", ROWS, since);
-    assert_eq!(applied, Appended::Applied { rows: ROWS as u64 });
+    let applied = append(&store, &zero, std::slice::from_ref(&batch), at(row_count() as u64, 0)).await.unwrap();
+    tell("append, one transaction", row_count(), since);
+    assert_eq!(applied, Appended::Applied { rows: row_count() as u64 });
     let since = Instant::now();
     let read = store.read_log(&id("orders"), &Position::ZERO, &at(u64::MAX, 0)).await.unwrap();
     let read: Vec<ChangeBatch> = read.try_collect().await.unwrap();
-    tell("read_log", ROWS, since);
+    tell("read_log", row_count(), since);
     assert!(read.iter().all(|part| part.len() <= 32_768));
     let read = ChangeBatch::concat(&read).unwrap().unwrap();
     assert_eq!(read.to_record_batch().unwrap().columns(), batch.to_record_batch().unwrap().columns());
     let since = Instant::now();
     for n in 0..500u64 {
-        let from = [("orders", at(ROWS as u64 + n, 0))];
-        append(&store, &from, &[], at(ROWS as u64 + n + 1, 0)).await.unwrap();
+        let from = [("orders", at(row_count() as u64 + n, 0))];
+        append(&store, &from, &[], at(row_count() as u64 + n + 1, 0)).await.unwrap();
     }
     tell("appends without rows", 500, since);
     let since = Instant::now();
-    let compacted = store.compact(&id("orders"), &at(ROWS as u64 + 500, 0), true).await.unwrap();
-    tell("compaction that finds nothing to remove", ROWS, since);
-    assert_eq!((compacted.rows_before, compacted.rows_after), (ROWS as u64, ROWS as u64));
+    let compacted = store.compact(&id("orders"), &at(row_count() as u64 + 500, 0), true).await.unwrap();
+    tell("compaction that finds nothing to remove", row_count(), since);
+    assert_eq!((compacted.rows_before, compacted.rows_after), (row_count() as u64, row_count() as u64));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_thousand_versions_are_committed_closed_and_replaced() {
+async fn many_versions_are_committed_closed_and_replaced() {
     let server = Server::start(&SETTINGS);
     let Stored { store, client, .. } = Stored::on(&server).await;
     let (target, zero) = (history_target(), Position::ZERO);
     store.prepare_target(&target).await.unwrap();
-    let all = ROWS as i64;
+    let all = row_count() as i64;
     let since = Instant::now();
     let parts = vec![OutputRows::Version(versions(0..all, 1))];
     let done = commit(&store, &target, (0, 1), OutputKind::Versions, parts, zero).await.unwrap();
-    tell("first versions", ROWS, since);
-    assert_eq!(done, Committed::Applied { rows: ROWS as u64 });
+    tell("first versions", row_count(), since);
+    assert_eq!(done, Committed::Applied { rows: row_count() as u64 });
     client.batch_execute("analyze").await.unwrap();
     let ended = |ids: std::ops::Range<i64>, step: u64| {
         let closed: Vec<_> = ids.map(|id| (id, step as i64 * 1000)).collect();
@@ -156,23 +160,23 @@ async fn two_hundred_thousand_versions_are_committed_closed_and_replaced() {
     let since = Instant::now();
     let parts = vec![OutputRows::Version(versions(0..all, 1))];
     commit(&store, &target, (0, 1), OutputKind::ReplaceVersions, parts, zero).await.unwrap();
-    tell("versions replaced by a rebuild", ROWS, since);
+    tell("versions replaced by a rebuild", row_count(), since);
     let total = "select count(*) from dim_orders_history";
     assert_eq!(client.query_one(current, &[]).await.unwrap().get::<_, i64>(0), all);
     assert_eq!(client.query_one(total, &[]).await.unwrap().get::<_, i64>(0), all);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_hundred_thousand_rows_are_merged_and_replaced() {
+async fn many_rows_are_merged_and_replaced() {
     let server = Server::start(&SETTINGS);
     let Stored { store, client, .. } = Stored::on(&server).await;
     let (target, zero) = (latest_target(), Position::ZERO);
     store.prepare_target(&target).await.unwrap();
-    let all = ROWS as i64;
+    let all = row_count() as i64;
     let rows = |ids| OutputRows::Upsert(RecordBatch::try_new(target.columns.clone(), orders(ids)).unwrap());
     let since = Instant::now();
     commit(&store, &target, (0, 1), OutputKind::Replace, vec![rows(0..all)], zero).await.unwrap();
-    tell("first rows", ROWS, since);
+    tell("first rows", row_count(), since);
     client.batch_execute("analyze").await.unwrap();
     let mut step = 1;
     for (size, outputs) in [(1_000i64, 20i64), (10_000, 4)] {
@@ -186,8 +190,8 @@ async fn two_hundred_thousand_rows_are_merged_and_replaced() {
     }
     let since = Instant::now();
     let done = commit(&store, &target, (step, step + 1), OutputKind::Replace, vec![rows(0..all)], zero).await.unwrap();
-    tell("rows replaced by the same", ROWS, since);
+    tell("rows replaced by the same", row_count(), since);
     assert_eq!(done, Committed::Applied { rows: 0 }, "what is the same is not written");
     let none = commit(&store, &target, (step + 1, step + 2), OutputKind::Replace, vec![], zero).await.unwrap();
-    assert_eq!(none, Committed::Applied { rows: ROWS as u64 });
+    assert_eq!(none, Committed::Applied { rows: row_count() as u64 });
 }
