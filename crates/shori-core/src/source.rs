@@ -29,7 +29,7 @@ use crate::schema::TableSchema;
 /// - **Snapshots.** A capture without stored progress, or with a requested one, is read whole: chunks of
 ///   [`Op::Snapshot`](crate::change::Op::Snapshot) rows, each at the position that it was read under, interleaved with
 ///   the stream in position order, so that a later image always stands later. After the last chunk the progress is
-///   `Done`, with the position of its end. A resumed snapshot goes on at `resume`.
+///   `Done`, with the position of its end, which is a boundary at or below the batch's. A resumed snapshot goes on at `resume`.
 /// - **Gaps.** If what follows a watermark is no longer kept, `start` or `next` fails with
 ///   [`ErrorKind::Gap`](crate::error::ErrorKind::Gap) and a remedy (contract 8): for one capture, in
 ///   [`SourceBatch::failed`].

@@ -62,6 +62,12 @@ pub(crate) async fn wal_end(client: &Client) -> Result<WalLocation> {
     Ok(u64::from(row.get::<_, PgLsn>(0)))
 }
 
+/// Of this database, where nobody reads it.
+const DROP_SLOT: &str = "
+select pg_drop_replication_slot(slot_name)
+from pg_catalog.pg_replication_slots
+where slot_name = $1 and plugin = 'pgoutput' and database = current_database() and not active";
+
 /// Whether the publication was there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Made {
@@ -101,6 +107,8 @@ pub(crate) async fn publication(
                 names(&all)
             );
             must_manage(config, format!("publication {} does not exist", config.publication), &statement)?;
+            // First, so that a crash between leaves a slot that is gone, and not one that lacks its publication.
+            client.execute(DROP_SLOT, &[&config.slot]).await.map_err(fail)?;
             run(client, &statement, "create", &format!("publication {}", config.publication)).await?;
             tracing::info!(publication = config.publication, "created the publication");
         }
@@ -123,11 +131,39 @@ pub(crate) async fn publication(
     if missing.is_empty() {
         return Ok((published, if made.is_some() { Made::Found } else { Made::Anew }));
     }
+    if made.as_ref().is_some_and(|row| !row.get::<_, bool>(2)) {
+        must_send_roots(client, config, &missing).await?;
+    }
     let statement = format!("alter publication {publication} add table {}", names(&missing));
     must_manage(config, format!("publication {} lacks {}", config.publication, names(&missing)), &statement)?;
     run(client, &statement, "add tables to", &format!("publication {}", config.publication)).await?;
     tracing::info!(publication = config.publication, tables = names(&missing), "added tables to the publication");
     Ok((self::published(client, config).await?, Made::Found))
+}
+
+pub(crate) async fn has_publication(client: &Client, config: &PostgresConfig) -> Result<bool> {
+    let query = "select exists (select from pg_catalog.pg_publication where pubname = $1)";
+    let row = client.query_one(query, &[&config.publication]).await;
+    let row = row.map_err(|cause| sql_error("look at", &format!("publication {}", config.publication), cause))?;
+    Ok(row.get(0))
+}
+
+/// Refuses a partitioned table of a publication that sends its partitions as tables of their own.
+async fn must_send_roots(client: &Client, config: &PostgresConfig, tables: &[&String]) -> Result<()> {
+    let query = "
+        select c.relname::text
+        from pg_catalog.pg_class c
+        join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        where n.nspname = $1 and c.relname = any($2) and c.relkind = 'p'
+        limit 1";
+    let row = client.query_opt(query, &[&config.schema, &tables]).await;
+    let row = row.map_err(|cause| sql_error("look at", "partitioned tables", cause))?;
+    let Some(row) = row else { return Ok(()) };
+    let cause = format!("it sends partitions of table {} as tables of their own", row.get::<_, String>(0));
+    let statement =
+        format!("alter publication {} set (publish_via_partition_root = true)", quoted(&config.publication));
+    Err(Error::new(ErrorKind::Usage, "use", format!("publication {}", config.publication), cause)
+        .with_remedy(format!("run: {statement}")))
 }
 
 /// What of the source's schema is published.

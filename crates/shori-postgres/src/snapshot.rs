@@ -149,6 +149,7 @@ pub(crate) async fn read_chunk(
 ) -> Result<Chunk> {
     let layout = &*capture.layout;
     let mut progress = capture.progress.clone();
+    let has_begun = progress.state != SnapshotState::Requested;
     if progress.state == SnapshotState::Requested {
         progress.state = SnapshotState::Running;
         progress.start = place.before;
@@ -175,7 +176,9 @@ pub(crate) async fn read_chunk(
     let end = positions::of_chunk_end(place.read_to, place.chunk)?;
     progress.resume = bookmark.unwrap_or(Bookmark::nowhere(layout.oid)).encode();
     progress.rows += reader.builder.len() as u64;
-    if ended {
+    // The end is a boundary, by which projections may stop. So it has a chunk of its own that read nothing: by then, all
+    // that the one before it showed has come in the stream.
+    if ended && has_begun && reader.rows == 0 {
         progress.state = SnapshotState::Done;
         progress.end = end;
         progress.end_time = place.time;

@@ -44,6 +44,8 @@ const UNSETTLED_MAX: usize = 10_000;
 pub struct PostgresSource {
     config: Arc<PostgresConfig>,
     timeline: Arc<str>,
+    /// The stream has columns that only their text tells, whatever the tables are now.
+    in_text: bool,
     open: Option<Open>,
 }
 
@@ -66,6 +68,7 @@ struct Open {
     session: Session,
     replication: Replication,
     binary: bool,
+    wants_text: bool,
     cursor: Cursor,
     types: Types,
     published: BTreeMap<String, Published>,
@@ -77,8 +80,6 @@ struct Open {
     watched: Instant,
     /// Those of them that may have been read before.
     open_at_start: OpenAtStart,
-    /// The furthest that any capture was staged at start; chunks stand above it.
-    furthest: Position,
     /// When the next chunk is tried, and whether somebody was told that it must wait.
     chunk_due: Instant,
     told_of_waiting: bool,
@@ -91,7 +92,7 @@ struct Open {
 impl PostgresSource {
     pub fn new(config: PostgresConfig) -> Self {
         let timeline = config.source_name.as_str().into();
-        Self { config: Arc::new(config), timeline, open: None }
+        Self { config: Arc::new(config), timeline, in_text: false, open: None }
     }
 
     fn opened(&mut self) -> Result<&mut Open> {
@@ -109,7 +110,7 @@ impl Source for PostgresSource {
 
     async fn start(&mut self, resume: &BTreeMap<CaptureId, Resume>) -> Result<Started> {
         self.open = None;
-        let (started, open) = Open::start(&self.config, resume).await?;
+        let (started, open) = Open::start(&self.config, resume, self.in_text).await?;
         self.open = Some(open);
         Ok(started)
     }
@@ -129,6 +130,7 @@ impl Source for PostgresSource {
                 Ok(batch)
             }
             Err(error) => {
+                self.in_text |= self.open.as_ref().is_some_and(|open| open.wants_text);
                 self.open = None;
                 Err(error)
             }
@@ -171,28 +173,35 @@ impl Source for PostgresSource {
 }
 
 impl Open {
-    async fn start(config: &PostgresConfig, resume: &BTreeMap<CaptureId, Resume>) -> Result<(Started, Self)> {
+    async fn start(
+        config: &PostgresConfig,
+        resume: &BTreeMap<CaptureId, Resume>,
+        in_text: bool,
+    ) -> Result<(Started, Self)> {
         let session = config.server.connect().await?;
         let client = &session.client;
         let facts = Facts::read(client, config).await?;
         let mut types = Types::default();
-        let found = catalog::tables(client, config, &mut types).await?;
+        let furthest = resume.values().map(|known| known.watermark.staged).max().unwrap_or(Position::ZERO);
+        // Before anything is made in it.
+        start::check_reaches(config, &facts, positions::read_on_at(&furthest)?)?;
+        let mut found = catalog::tables(client, config, &mut types).await?;
+        start::leave_out_unpublished(client, config, resume, &mut found).await?;
         let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
         let (published, made) = setup::publication(client, config, &names).await?;
         let slot = setup::slot(client, config, made, resume.values().any(start::has_begun)).await?;
         let ready = start::captures(client, config, resume, found, &published, &slot, &types).await?;
-        start::check_reaches(config, &facts, positions::read_on_at(&ready.furthest)?)?;
         let watermark = ready.watermark(&slot, resume)?;
         let from = positions::read_on_at(&watermark.staged)?;
-        let binary =
-            !ready.captures.iter().any(|capture| capture.layout.columns.iter().any(catalog::Column::needs_text));
+        let binary = !in_text
+            && !ready.captures.iter().any(|capture| capture.layout.columns.iter().any(catalog::Column::needs_text));
         let request = Request { slot: config.slot.clone(), from, publication: config.publication.clone(), binary };
         let sight = Sight::of(client).await?;
         setup::slot_is_free(client, config).await?;
         let replication = Replication::start(&config.server, request).await?;
         let started = Started { identity: facts.identity, captures: ready.infos(resume), failed: ready.failed };
         let is_wanted_whole = ready.captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
-        let mut cursor = Cursor::new(ready.captures, watermark, from);
+        let mut cursor = Cursor::new(ready.captures, watermark, from, ready.furthest);
         if ready.is_partly_read {
             // What was read under snapshots may show commits up to here, and it is not remembered up to which.
             cursor.hold_until(sight.wal_end);
@@ -202,6 +211,7 @@ impl Open {
             session,
             replication,
             binary,
+            wants_text: false,
             cursor,
             types,
             published,
@@ -213,7 +223,6 @@ impl Open {
                 ids: sight.visibility.running,
                 until: (!is_wanted_whole).then_some(now + GRACE),
             },
-            furthest: ready.furthest,
             chunk_due: now,
             told_of_waiting: false,
             news: News {
@@ -277,15 +286,14 @@ impl Open {
 
     /// Reads what has come, up to the limit.
     async fn stream(&mut self, config: &PostgresConfig, limit: BatchLimit, gathered: &mut Gathered) -> Result<()> {
+        let deadline = Instant::now() + SHORT_WAIT;
         while gathered.rows() < limit.rows && gathered.bytes() < limit.bytes {
             let Some(item) = self.pending.pop_front() else {
                 match self.replication.try_receive()? {
                     Some(block) => self.absorb(block),
                     None if gathered.is_empty() && self.cursor.is_held() => {
-                        self.replication.ask();
-                        match tokio::time::timeout(SHORT_WAIT, self.replication.receive()).await {
-                            Ok(block) => self.absorb(block?),
-                            Err(_) => return Ok(()),
+                        if !self.hears_more(deadline).await? {
+                            return Ok(());
                         }
                     }
                     None => return Ok(()),
@@ -310,6 +318,19 @@ impl Open {
             }
         }
         Ok(())
+    }
+
+    /// Asks the server how far it is, and waits for something new. An answer that tells nothing new is not asked again
+    /// before the next call.
+    async fn hears_more(&mut self, deadline: Instant) -> Result<bool> {
+        self.replication.ask();
+        while let Ok(block) = tokio::time::timeout_at(deadline, self.replication.receive()).await {
+            self.absorb(block?);
+            if !self.pending.is_empty() || self.idle.is_some_and(|wal_end| wal_end > self.cursor.read_to) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Moves on to a place without changes, if it is time to. Whether it did.
@@ -397,6 +418,7 @@ impl Open {
             Err(error) => return Err(error),
         };
         if self.binary && layout.columns.iter().any(catalog::Column::needs_text) {
+            self.wants_text = true;
             let cause = format!(
                 "table {} has a column now that is configured as text: reading goes on in text format",
                 table.name
@@ -414,7 +436,17 @@ impl Open {
                 .with_remedy(format!("run shori resnapshot --retyped {}", table.name));
                 return self.fail(index, error, gathered);
             }
-            SchemaChange::Same => {}
+            SchemaChange::Same => {
+                // The same type here, and another there: its values may have been written anew.
+                let known = |column: &catalog::Column| {
+                    let mut known = capture.layout.columns.iter();
+                    let found = known.find(|known| known.name == column.name);
+                    found.is_none_or(|known| known.type_oid == column.type_oid && known.modifier == column.modifier)
+                };
+                if !layout.columns.iter().all(known) {
+                    self.read_anew(index, gathered);
+                }
+            }
             SchemaChange::Evolved { added, dropped } => {
                 let names = |fields: &[Arc<Field>]| fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>();
                 let (added, dropped) = (names(&added), names(&dropped));
@@ -464,6 +496,7 @@ impl Open {
             }
             Err(error) => return Err(error),
         };
+        let read_by = Sight::of(&transaction).await?.wal_end;
         transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
         let layout = capture.layout.clone();
         let whole: Vec<Value<'_>> = match &found {
@@ -474,7 +507,7 @@ impl Open {
             // It is gone since: its deletion comes before any boundary.
             None => vec![Value::Unchanged; values.len()],
         };
-        self.cursor.hold_until(sight.wal_end);
+        self.cursor.hold_until(sight.wal_end.max(read_by));
         self.cursor.take(message, raw, Some(&whole), gathered).map(|_| ())
     }
 
@@ -487,7 +520,7 @@ impl Open {
         let (read_to, before) = (self.cursor.read_to, self.cursor.watermark.staged);
         // A transaction that was read in part comes again before anything else, and what a capture has already of what
         // is read again.
-        let above = before.max(self.furthest);
+        let above = before.max(self.cursor.furthest);
         let chunk = positions::next_chunk(read_to, &above);
         if positions::of_chunk_row(read_to, chunk, 0)? <= above {
             return Ok(false);
@@ -531,13 +564,18 @@ impl Open {
             }
             Err(error) => return Err(error),
         };
+        // A truncation is no matter of snapshots: one that came before the copy is seen by it.
+        let read_by = Sight::of(&transaction).await?.wal_end;
         transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
+        let is_closing = chunk.progress.is_done();
         let capture = &mut self.cursor.captures[index];
         capture.progress = chunk.progress.clone();
         gathered.finished.extend(chunk.rows);
         gathered.rejected.extend(chunk.rejected);
         gathered.snapshots.push((capture.id.clone(), chunk.progress));
-        self.cursor.hold_until(sight.wal_end);
+        if !is_closing {
+            self.cursor.hold_until(sight.wal_end.max(read_by));
+        }
         self.cursor.move_to(positions::of_chunk_end(read_to, place.chunk)?, sight.time);
         Ok(true)
     }

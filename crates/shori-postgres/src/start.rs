@@ -11,7 +11,7 @@ use tokio_postgres::Client;
 
 use crate::catalog::{self, Found, Layout, Types};
 use crate::message::WalLocation;
-use crate::setup::{Facts, Published, Slot};
+use crate::setup::{self, Facts, Published, Slot};
 use crate::snapshot::Bookmark;
 use crate::stream::Capture;
 use crate::{PostgresConfig, PostgresTable, positions};
@@ -52,7 +52,7 @@ pub(crate) async fn captures(
         failed: found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect(),
         lowest: None,
         furthest: Position::ZERO,
-        is_partly_read: false,
+        is_partly_read: resume.values().any(|known| known.watermark.boundary < known.watermark.staged),
         reshaped: Vec::new(),
     };
     for (table, layout) in found.layouts {
@@ -73,6 +73,32 @@ pub(crate) async fn captures(
     Ok(ready)
 }
 
+/// Tables that are read by the log, and that somebody has taken out of the publication: what was written since is not
+/// sent. Only a table that is to be read whole is put in.
+pub(crate) async fn leave_out_unpublished(
+    client: &Client,
+    config: &PostgresConfig,
+    resume: &BTreeMap<CaptureId, Resume>,
+    found: &mut Found,
+) -> Result<()> {
+    if !setup::has_publication(client, config).await? {
+        return Ok(());
+    }
+    let published = setup::published(client, config).await?;
+    let is_begun = |name: &str| resume.get(&CaptureId::new(&config.source_name, name)).is_some_and(has_begun);
+    for (table, layout) in std::mem::take(&mut found.layouts) {
+        if published.contains_key(&table.name) || !is_begun(&table.name) {
+            found.layouts.push((table, layout));
+            continue;
+        }
+        let cause = format!("it is not in publication {}: what was written since may be missing", config.publication);
+        let error = Error::new(ErrorKind::Gap, "capture", format!("table {}", config.qualified(&table.name)), cause)
+            .with_remedy(format!("run shori resnapshot {}", table.name));
+        found.failed.push((table, error));
+    }
+    Ok(())
+}
+
 impl Ready {
     async fn take_up(
         &mut self,
@@ -86,7 +112,7 @@ impl Ready {
         let mut progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
         if let Some(begun) = known.filter(|known| has_begun(known)) {
             let watermark = begun.watermark;
-            self.is_partly_read |= !begun.snapshot.is_done() || watermark.boundary < watermark.staged;
+            self.is_partly_read |= !begun.snapshot.is_done();
             let lowest = self.lowest.filter(|lowest| lowest.staged <= watermark.staged);
             self.lowest = Some(lowest.unwrap_or(watermark));
             if catalog::hold_values(client, layout.oid, &added(begun, &layout)).await? {
@@ -119,7 +145,7 @@ impl Ready {
         }
         let staged = positions::of_boundary(slot.forgotten_to)?.max(self.furthest);
         let told = resume.values().map(|known| known.watermark);
-        let boundary = match positions::is_between_commits(&staged) {
+        let boundary = match positions::is_between_commits(&staged) && !self.is_partly_read {
             true => staged,
             false => told.clone().map(|mark| mark.boundary).max().unwrap_or(Position::ZERO),
         };

@@ -63,6 +63,8 @@ pub(crate) struct Cursor {
     pub watermark: Watermark,
     /// Where the log has been read up to; between commits, what `watermark.staged` stands at or above.
     pub read_to: WalLocation,
+    /// The furthest that any capture was staged at start.
+    pub furthest: Position,
     /// The boundary does not move before the log has been read up to here.
     pub held_until: WalLocation,
     /// Time of what the held boundary will show.
@@ -154,8 +156,9 @@ impl Gathered {
 }
 
 impl Cursor {
-    pub fn new(captures: Vec<Capture>, watermark: Watermark, read_to: WalLocation) -> Self {
+    pub fn new(captures: Vec<Capture>, watermark: Watermark, read_to: WalLocation, furthest: Position) -> Self {
         Self {
+            furthest,
             captures,
             watermark,
             read_to,
@@ -187,6 +190,9 @@ impl Cursor {
 
     /// Everything at or below `position` is read, and there is a boundary.
     pub fn move_to(&mut self, position: Position, time: Micros) {
+        // Chunks that were read here before do not come again: captures that were apart come to one place.
+        let passed = self.furthest.lsn == position.lsn && positions::is_between_commits(&self.furthest);
+        let position = if passed { position.max(self.furthest) } else { position };
         self.watermark.staged = self.watermark.staged.max(position);
         self.held_time = self.held_time.max(time);
         if !self.is_held() {
@@ -263,6 +269,11 @@ impl Cursor {
         }
         if capture.layout.oid != relation.oid {
             return Next::Lost { capture: index, cause: "it was dropped and created again".into() };
+        }
+        let is_told = |name: &&str| relation.columns.iter().any(|column| column.name == *name && column.is_key);
+        if let Some(name) = capture.layout.schema.key_names().iter().find(|name| !is_told(name)) {
+            let cause = format!("its key column {name} is no part of its replica identity any more");
+            return Next::Lost { capture: index, cause };
         }
         let sent = relation.columns.iter().map(|column| (column.name, column.type_oid, column.type_modifier));
         let known =

@@ -159,7 +159,7 @@ impl Reader {
         }
         let moved = mark != self.watermark || !batch.snapshots.is_empty();
         for (id, progress) in batch.snapshots {
-            assert!(!progress.is_done() || progress.end <= mark.staged, "snapshots: {id} ends above the watermark");
+            assert!(!progress.is_done() || progress.end <= mark.boundary, "snapshots: {id} ends above the boundary");
             assert!(!progress.is_done() || progress.start < progress.end, "snapshots: {id} ends below its start");
             self.known.get_mut(&id).unwrap().snapshot = progress;
         }

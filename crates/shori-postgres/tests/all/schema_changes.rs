@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use shori_core::change::Op;
 use shori_core::source::BatchLimit;
 use shori_core::{Error, ErrorKind};
 
@@ -179,6 +180,52 @@ async fn a_table_taken_out_of_the_publication_is_told_in_time() {
     reader.sql("alter publication shori add table items").await;
     reader.resnapshot("items", false);
     reader.start().await;
+    reader.read().await;
+    reader.assert_equal("items").await;
+}
+
+/// What was written since is not sent, whoever puts it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_taken_out_of_the_publication_while_nobody_reads_is_a_gap() {
+    let mut reader = two().await;
+    reader.source = None;
+    reader.sql("alter publication shori drop table items").await;
+    reader.sql("insert into items values (2, 'b', 20)").await;
+    reader.start().await;
+    let error = failed(&mut reader).await;
+    assert_eq!(error.kind(), ErrorKind::Gap, "{error}");
+    assert!(error.remedy().is_some_and(|remedy| remedy.contains("shori resnapshot items")), "{error}");
+    reader.resnapshot("items", false);
+    reader.start().await;
+    reader.read().await;
+    reader.assert_equal("items").await;
+}
+
+/// Its deletes would come without their key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_whose_key_is_no_longer_sent_is_told() {
+    let mut reader = two().await;
+    reader
+        .sql(
+            "alter table items alter column name set not null;
+            create unique index items_name on items (name);
+            alter table items replica identity using index items_name;
+            delete from items where id = 1",
+        )
+        .await;
+    let error = failed(&mut reader).await;
+    assert!(error.to_string().contains("replica identity"), "{error}");
+    assert!(!reader.ops("items").contains(&Op::Delete), "{:?}", reader.ops("items"));
+}
+
+/// The values of rows that nothing else touches are others, and nothing tells which.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_retyped_within_text_is_read_anew() {
+    let mut reader = two().await;
+    reader.sql("alter table items alter column name type varchar(50) using upper(name) || '!'").await;
+    reader.sql("insert into items values (2, 'b', 20)").await;
+    reader.read().await;
+    reader.read_until("the table is read anew", |reader| reader.snapshot("items").is_done()).await;
     reader.read().await;
     reader.assert_equal("items").await;
 }

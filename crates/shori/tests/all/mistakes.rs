@@ -21,7 +21,11 @@ fn a_wrong_configuration_is_one_line_and_status_2() {
         ),
         ("name = \"small\"", "name = \"small", &["shori.toml line"]),
         ("busy_timeout_ms = 200", "busy_timeout_ms = \"long\"", &["shori.toml line", "invalid type"]),
-        ("path = \"serving.duckdb\"\n", "", &["shori.toml line", "missing field `path`"]),
+        (
+            "path = \"serving.duckdb\"\n",
+            "",
+            &["store serving in", "shori.toml", "it has no path, which says where it is"],
+        ),
         ("[project]\ninterval_ms", "[projects]\ninterval_ms", &["shori.toml line", "did you mean project"]),
     ];
     for (right, wrong, parts) in cases {
