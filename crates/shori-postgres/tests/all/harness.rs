@@ -207,7 +207,7 @@ impl Reader {
             }
             self.stored.known.get_mut(id).unwrap().snapshot = progress.clone();
             if progress.is_done() {
-                assert!(progress.start < progress.end && progress.end <= mark.staged, "{progress:?} at {mark:?}");
+                assert!(progress.start < progress.end && progress.end <= mark.boundary, "{progress:?} at {mark:?}");
                 self.stored.ended.entry(id.clone()).or_default().push(progress.clone());
             }
         }
@@ -241,7 +241,7 @@ impl Reader {
                 let batch = self.step(limit).await?;
                 read.extend(batch.changes);
                 if !batch.more {
-                    if self.watermark.boundary >= head {
+                    if self.watermark.boundary >= head && self.is_whole() {
                         return Ok(read);
                     }
                     self.source.as_mut().unwrap().wait(Duration::from_millis(100)).await?;
@@ -249,6 +249,12 @@ impl Reader {
             }
         };
         tokio::time::timeout(PATIENCE, reading).await.expect("reading reaches what is committed")
+    }
+
+    /// Whether every table that does not stand still has been read whole: a chunk may wait for open transactions.
+    fn is_whole(&self) -> bool {
+        let mut known = self.stored.known.iter();
+        known.all(|(id, known)| known.snapshot.is_done() || self.stored.stopped.contains_key(id))
     }
 
     /// Reads until `is_so`.
