@@ -1,28 +1,33 @@
 //! The [`Source`] over one PostgreSQL database.
+//!
+//! `chunks` reads rows apart from the stream, `shapes` follows tables that change.
+
+mod chunks;
+mod shapes;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::datatypes::Field;
 use async_trait::async_trait;
 use bytes::Bytes;
 use shori_core::position::{CaptureId, Position};
-use shori_core::schema::SchemaChange;
 use shori_core::source::{
     BatchLimit, CaptureInfo, Head, Resume, SnapshotProgress, SnapshotState, Source, SourceBatch, Started,
 };
 use shori_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 
-use crate::catalog::{self, Sent, Types};
-use crate::connect::{Session, sql_error};
-use crate::message::{self, Message, Value, WalLocation};
+use crate::catalog::{self, Types};
+use crate::connect::Session;
+use crate::message::{self, WalLocation};
 use crate::replication::{Item, Replication, Request};
 use crate::setup::{self, Facts, Published};
-use crate::snapshot::{self, Sight};
-use crate::stream::{Capture, Cursor, Gathered, Next, Reshaped};
+use crate::snapshot::Sight;
+use crate::stream::{Capture, Cursor, Gathered, Next};
+
 use crate::{PostgresConfig, positions, start};
+use chunks::{GRACE, OpenAtStart};
 
 /// A place without changes is told no more often than this, lest a store in the same server never rests.
 const IDLE_INTERVAL: Duration = Duration::from_millis(500);
@@ -30,15 +35,8 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_WAIT: Duration = Duration::from_millis(20);
 /// Shortest time between two looks at what is published.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
-/// Between two tries of a chunk that must wait for transactions to end.
-const CHUNK_PAUSE: Duration = Duration::from_millis(50);
-/// How long a transaction that was open at start may be about to be visible, unless it waits for a standby, or a table is
-/// to be read that may have been published since the transaction wrote to it.
-const GRACE: Duration = Duration::from_secs(2);
 /// What a statement's answer may take longer than the server's own limit for the statement.
 const ANSWER_GRACE: Duration = Duration::from_secs(5);
-/// Transactions read, beyond which it is asked which of them every new snapshot shows.
-const UNSETTLED_MAX: usize = 10_000;
 
 /// Reads a replication slot. See the crate's documentation for what it can and cannot see.
 pub struct PostgresSource {
@@ -47,14 +45,6 @@ pub struct PostgresSource {
     /// The stream has columns that only their text tells, whatever the tables are now.
     in_text: bool,
     open: Option<Open>,
-}
-
-/// Transactions that were open at start.
-struct OpenAtStart {
-    ids: Vec<u64>,
-    /// Until when they are waited for; for tables that may just have been published, until they end: what such a
-    /// transaction wrote before is in no stream.
-    until: Option<Instant>,
 }
 
 /// Other columns, and snapshots asked for.
@@ -379,216 +369,6 @@ impl Open {
         Ok(())
     }
 
-    /// Rows hold what was not sent of them: the table is read whole, if it is not about to be anyhow.
-    fn read_anew(&mut self, index: usize, gathered: &mut Gathered) {
-        let capture = &mut self.cursor.captures[index];
-        if capture.progress.state == SnapshotState::Requested {
-            return;
-        }
-        capture.progress = start::read_anew(&capture.id, &capture.progress);
-        gathered.snapshots.push((capture.id.clone(), capture.progress.clone()));
-    }
-
-    /// Follows a table that is sent in another shape from here on.
-    async fn reshape(&mut self, config: &PostgresConfig, reshaped: Reshaped, gathered: &mut Gathered) -> Result<()> {
-        let Reshaped { capture: index, columns } = reshaped;
-        let client = &self.session.client;
-        let capture = &self.cursor.captures[index];
-        if capture.failed {
-            return Ok(());
-        }
-        let table = capture.table.clone();
-        self.types.learn(client, columns.iter().map(|(_, oid, _)| *oid)).await?;
-        let key = catalog::key_of(client, &config.qualified(&table.name), capture.layout.oid).await;
-        let nullable = |name: &str| {
-            let known = capture.layout.columns.iter().find(|column| column.name == name);
-            known.is_none_or(|column| column.nullable)
-        };
-        let sent = columns.into_iter().map(|(name, type_oid, modifier)| Sent {
-            nullable: nullable(&name),
-            name,
-            type_oid,
-            modifier,
-        });
-        let sent: Vec<Sent> = sent.collect();
-        let made = key.and_then(|key| catalog::layout_of(&table, capture.layout.oid, sent, &key, &self.types));
-        let layout = match made {
-            Ok(layout) => layout,
-            Err(error) if error.kind() == ErrorKind::Schema => return self.fail(index, error, gathered),
-            Err(error) => return Err(error),
-        };
-        if self.binary && layout.columns.iter().any(catalog::Column::needs_text) {
-            self.wants_text = true;
-            let cause = format!(
-                "table {} has a column now that is configured as text: reading goes on in text format",
-                table.name
-            );
-            return Err(Error::new(ErrorKind::Unavailable, "read", config.server.name(), cause));
-        }
-        match capture.layout.schema.change_to(&layout.schema) {
-            SchemaChange::Incompatible { reason } => {
-                let error = Error::new(
-                    ErrorKind::Schema,
-                    "capture",
-                    format!("table {}", config.qualified(&table.name)),
-                    reason,
-                )
-                .with_remedy(format!("run shori resnapshot --retyped {}", table.name));
-                return self.fail(index, error, gathered);
-            }
-            SchemaChange::Same => {
-                // The same type here, and another there: its values may have been written anew.
-                let known = |column: &catalog::Column| {
-                    let mut known = capture.layout.columns.iter();
-                    let found = known.find(|known| known.name == column.name);
-                    found.is_none_or(|known| known.type_oid == column.type_oid && known.modifier == column.modifier)
-                };
-                if !layout.columns.iter().all(known) {
-                    self.read_anew(index, gathered);
-                }
-            }
-            SchemaChange::Evolved { added, dropped } => {
-                let names = |fields: &[Arc<Field>]| fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>();
-                let (added, dropped) = (names(&added), names(&dropped));
-                tracing::info!(table = table.name, ?added, ?dropped, "the table has other columns");
-                gathered.schemas.push(CaptureInfo { id: capture.id.clone(), schema: layout.schema.clone() });
-                if catalog::hold_values(client, layout.oid, &added).await? {
-                    self.read_anew(index, gathered);
-                }
-            }
-        }
-        gathered.cut(index)?;
-        self.cursor.captures[index].layout = Arc::new(layout);
-        Ok(())
-    }
-
-    /// Reads what an update does not bring, while no snapshot has brought it either: the row may have moved out of the
-    /// way of one that goes by places.
-    async fn complete(
-        &mut self,
-        message: &Message<'_>,
-        raw: &Bytes,
-        index: usize,
-        gathered: &mut Gathered,
-    ) -> Result<()> {
-        let Message::Update { old, new, .. } = message else {
-            return Err(Error::new(ErrorKind::Internal, "complete", "a row", "it is no update"));
-        };
-        let capture = &self.cursor.captures[index];
-        let mut values: Vec<Value<'_>> = new.iter().collect();
-        // A key that is kept out of line and unchanged is in the old row.
-        for (value, old) in values.iter_mut().zip(old.tuple().iter().flat_map(|old| old.iter())) {
-            if *value == Value::Unchanged {
-                *value = old;
-            }
-        }
-        let key: Vec<Value<'_>> =
-            capture.layout.schema.key.iter().filter_map(|column| values.get(*column).copied()).collect();
-        let transaction = snapshot::begin(&mut self.session.client).await?;
-        let sight = Sight::of(&transaction).await?;
-        let found = match snapshot::read_row(&transaction, capture, &key).await {
-            Ok(found) => found,
-            Err(error) if error.kind() == ErrorKind::Schema => {
-                drop(transaction);
-                self.fail(index, error, gathered)?;
-                // Its places are taken all the same.
-                return self.cursor.take(message, raw, None, gathered).map(|_| ());
-            }
-            Err(error) => return Err(error),
-        };
-        let read_by = Sight::of(&transaction).await?.wal_end;
-        transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
-        let layout = capture.layout.clone();
-        let whole: Vec<Value<'_>> = match &found {
-            Some(found) => {
-                let raw = found.iter().map(|bytes| bytes.as_deref().map(snapshot::Raw));
-                raw.enumerate().map(|(index, raw)| snapshot::value_of(&layout, index, raw)).collect()
-            }
-            // It is gone since: its deletion comes before any boundary.
-            None => vec![Value::Unchanged; values.len()],
-        };
-        self.cursor.hold_until(sight.wal_end.max(read_by));
-        self.cursor.take(message, raw, Some(&whole), gathered).map(|_| ())
-    }
-
-    /// Reads the next chunk of a table, if one is to be read and this is a place for it.
-    async fn chunk(&mut self, config: &PostgresConfig, limit: BatchLimit, gathered: &mut Gathered) -> Result<bool> {
-        if !self.wants_chunk() || Instant::now() < self.chunk_due || self.cursor.is_held() || !gathered.is_empty() {
-            return Ok(false);
-        }
-        let Some(index) = self.cursor.captures.iter().position(Capture::needs_snapshot) else { return Ok(false) };
-        let (read_to, before) = (self.cursor.read_to, self.cursor.watermark.staged);
-        // A transaction that was read in part comes again before anything else, and what a capture has already of what
-        // is read again.
-        let above = before.max(self.cursor.furthest);
-        let chunk = positions::next_chunk(read_to, &above);
-        if positions::of_chunk_row(read_to, chunk, 0)? <= above {
-            return Ok(false);
-        }
-        let transaction = answered(config, snapshot::begin(&mut self.session.client)).await?;
-        let sight = answered(config, Sight::of(&transaction)).await?;
-        let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
-        if unseen || !is_settled(&transaction, &sight, &mut self.open_at_start).await? {
-            drop(transaction);
-            if !std::mem::replace(&mut self.told_of_waiting, true) {
-                tracing::info!(slot = config.slot, "the snapshot waits for transactions that are open in the server");
-            }
-            self.chunk_due = Instant::now() + CHUNK_PAUSE;
-            return Ok(false);
-        }
-        self.told_of_waiting = false;
-        self.cursor.unsettled.clear();
-        let capture = &self.cursor.captures[index];
-        let place = snapshot::Place {
-            read_to,
-            chunk,
-            before,
-            time: sight.time,
-            filter: self.published.get(&capture.table.name).and_then(|published| published.filter.as_deref()),
-        };
-        let limit = BatchLimit { rows: limit.rows.min(config.snapshot_chunk_rows.max(1)), ..limit };
-        let local = "set local statement_timeout = 0";
-        transaction.batch_execute(local).await.map_err(|cause| sql_error("begin", "a snapshot", cause))?;
-        let chunk = match snapshot::read_chunk(&transaction, capture, &place, limit).await {
-            Ok(chunk) => chunk,
-            // One bad table stops itself only (contract 11).
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage
-                ) =>
-            {
-                drop(transaction);
-                self.fail(index, error, gathered)?;
-                return Ok(true);
-            }
-            Err(error) => return Err(error),
-        };
-        // A truncation is no matter of snapshots: one that came before the copy is seen by it.
-        let read_by = Sight::of(&transaction).await?.wal_end;
-        transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
-        let is_closing = chunk.progress.is_done();
-        let capture = &mut self.cursor.captures[index];
-        capture.progress = chunk.progress.clone();
-        gathered.finished.extend(chunk.rows);
-        gathered.rejected.extend(chunk.rejected);
-        gathered.snapshots.push((capture.id.clone(), chunk.progress));
-        if !is_closing {
-            self.cursor.hold_until(sight.wal_end.max(read_by));
-        }
-        self.cursor.move_to(positions::of_chunk_end(read_to, place.chunk)?, sight.time);
-        Ok(true)
-    }
-
-    /// Forgets transactions that every snapshot shows by now.
-    async fn settle(&mut self) -> Result<()> {
-        if self.cursor.unsettled.len() > UNSETTLED_MAX {
-            let sight = Sight::of(&self.session.client).await?;
-            self.cursor.unsettled.retain(|xid| !sight.visibility.shows(*xid));
-        }
-        Ok(())
-    }
-
     /// Looks whether all tables are still published: those that are not would just seem idle.
     async fn watch(&mut self, config: &PostgresConfig, gathered: &mut Gathered) -> Result<()> {
         if self.watched.elapsed() < WATCH_INTERVAL {
@@ -618,32 +398,4 @@ async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = R
         let cause = format!("it has not answered for {} s", at_most.as_secs());
         Err(Error::new(ErrorKind::Unavailable, "ask", config.server.name(), cause))
     })
-}
-
-/// Whether no transaction that was open at start can have been read before without being visible yet.
-///
-/// A commit is in the log, and may be sent, an instant before it is visible; but as long as it waits for a standby.
-async fn is_settled(
-    transaction: &tokio_postgres::Transaction<'_>,
-    sight: &Sight,
-    open_at_start: &mut OpenAtStart,
-) -> Result<bool> {
-    let OpenAtStart { ids: open, until } = open_at_start;
-    open.retain(|id| sight.visibility.running.contains(id));
-    if open.is_empty() {
-        return Ok(true);
-    }
-    if until.is_none_or(|until| Instant::now() < until) {
-        return Ok(false);
-    }
-    let query = "select count(*) from pg_catalog.pg_stat_activity where wait_event = 'SyncRep'";
-    let row = transaction
-        .query_one(query, &[])
-        .await
-        .map_err(|cause| sql_error("look at", "who waits for a standby", cause))?;
-    let waiting: i64 = row.get(0);
-    if waiting == 0 {
-        open.clear();
-    }
-    Ok(waiting == 0)
 }

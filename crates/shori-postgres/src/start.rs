@@ -215,3 +215,34 @@ pub(crate) fn check_reaches(config: &PostgresConfig, facts: &Facts, read_on: Wal
 fn shown(location: WalLocation) -> String {
     format!("{:X}/{:X}", location >> 32, location & u64::from(u32::MAX))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every table is to be read anew: what stands in the log is still no more visible than was told.
+    #[test]
+    fn a_boundary_that_is_held_stays_where_it_was() {
+        let staged = positions::of_chunk_end(64, 3).unwrap();
+        let told = positions::of_boundary(32).unwrap();
+        let at = |boundary| Watermark { staged, boundary, boundary_time: 7 };
+        let asked = |boundary| {
+            let snapshot = SnapshotProgress::requested(2);
+            BTreeMap::from([(
+                CaptureId::new("shop", "items"),
+                Resume { watermark: at(boundary), snapshot, schema: None },
+            )])
+        };
+        let ready = |is_partly_read| Ready {
+            captures: Vec::new(),
+            failed: Vec::new(),
+            lowest: None,
+            furthest: staged,
+            is_partly_read,
+            reshaped: Vec::new(),
+        };
+        let slot = Slot { forgotten_to: 48, lost: None };
+        assert_eq!(ready(true).watermark(&slot, &asked(told)).unwrap(), at(told));
+        assert_eq!(ready(false).watermark(&slot, &asked(staged)).unwrap(), at(staged));
+    }
+}

@@ -7,6 +7,7 @@
 mod environment;
 mod places;
 mod refusals;
+mod server;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,8 +17,9 @@ use std::time::Duration;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use shori_core::secret::Secret;
 use shori_core::{Error, ErrorKind, Result};
+
+pub use server::{ServerConfig, TlsMode};
 
 /// A pipeline, as configured.
 #[derive(Clone, Debug, Deserialize)]
@@ -83,36 +85,6 @@ pub struct SourceConfig {
     pub slot: Option<String>,
     /// Of `postgres`: whether publication and slot are made where they are missing.
     pub manage: Option<bool>,
-}
-
-/// A database server and who asks it.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ServerConfig {
-    pub host: String,
-    #[serde(default = "defaults::postgres_port")]
-    pub port: u16,
-    pub database: String,
-    pub user: String,
-    pub password: Option<Secret>,
-    /// A file that holds the password alone.
-    pub password_file: Option<PathBuf>,
-    /// Verified if not given, but on this machine.
-    pub tls: Option<TlsMode>,
-    /// PEM file of the certificates that are trusted; those of the system if not given.
-    pub tls_roots: Option<PathBuf>,
-    #[serde(default = "defaults::connect_timeout_seconds")]
-    pub connect_timeout_seconds: u64,
-    #[serde(default = "defaults::statement_timeout_seconds")]
-    pub statement_timeout_seconds: u64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TlsMode {
-    /// The server's certificate and its name are verified.
-    Verify,
-    Off,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -280,15 +252,6 @@ mod defaults {
     pub const KEEP_CHANGES_SECONDS: u64 = 600;
     pub const SCHEMA: &str = "public";
 
-    pub fn postgres_port() -> u16 {
-        5432
-    }
-    pub fn connect_timeout_seconds() -> u64 {
-        10
-    }
-    pub fn statement_timeout_seconds() -> u64 {
-        60
-    }
     pub fn snapshot_chunk_rows() -> usize {
         50_000
     }

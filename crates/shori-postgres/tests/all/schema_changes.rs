@@ -230,6 +230,26 @@ async fn a_column_retyped_within_text_is_read_anew() {
     reader.assert_equal("items").await;
 }
 
+/// What waits in the slot is of the type that the column had, which only its text tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_configured_as_text_and_retyped_while_nobody_reads_is_read_on_in_text_format() {
+    let sql = "create table items (id bigint primary key, size numeric); insert into items values (1, 1.5)";
+    let mut reader = Reader::fresh(sql, &["items"]).await;
+    reader.config.tables[0].columns.insert("size".into(), "text".into());
+    reader.start().await;
+    reader.read().await;
+    reader.source = None;
+    reader.sql("insert into items values (2, 2.5)").await;
+    reader.sql("alter table items alter column size type text; insert into items values (3, 'x')").await;
+    reader.start().await;
+    let error = reader.read_until_error().await;
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("in text format"), "{error}");
+    reader.start_again().await.unwrap();
+    reader.read().await;
+    reader.assert_equal("items").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn domains_and_enums_are_carried_and_other_types_as_text_only() {
     let sql = "

@@ -1,0 +1,103 @@
+//! Tables that change their shape while they are read.
+
+use std::sync::Arc;
+
+use arrow::datatypes::Field;
+use shori_core::schema::SchemaChange;
+use shori_core::source::{CaptureInfo, SnapshotState};
+use shori_core::{Error, ErrorKind, Result};
+
+use super::Open;
+use crate::catalog::{self, Column, Layout, Sent};
+use crate::stream::{Gathered, Reshaped};
+use crate::{PostgresConfig, start};
+
+impl Open {
+    /// Follows a table that is sent in another shape from here on.
+    pub(super) async fn reshape(
+        &mut self,
+        config: &PostgresConfig,
+        reshaped: Reshaped,
+        gathered: &mut Gathered,
+    ) -> Result<()> {
+        let Reshaped { capture: index, columns } = reshaped;
+        let client = &self.session.client;
+        let capture = &self.cursor.captures[index];
+        if capture.failed {
+            return Ok(());
+        }
+        let table = capture.table.clone();
+        self.types.learn(client, columns.iter().map(|(_, oid, _)| *oid)).await?;
+        let key = catalog::key_of(client, &config.qualified(&table.name), capture.layout.oid).await;
+        let sent = sent(&capture.layout, columns);
+        let made = key.and_then(|key| catalog::layout_of(&table, capture.layout.oid, sent, &key, &self.types));
+        let layout = match made {
+            Ok(layout) => layout,
+            Err(error) if error.kind() == ErrorKind::Schema => return self.fail(index, error, gathered),
+            Err(error) => return Err(error),
+        };
+        if self.binary && layout.columns.iter().any(Column::needs_text) {
+            self.wants_text = true;
+            let cause = format!(
+                "table {} has a column now that is configured as text: reading goes on in text format",
+                table.name
+            );
+            return Err(Error::new(ErrorKind::Unavailable, "read", config.server.name(), cause));
+        }
+        let table_name = config.qualified(&table.name);
+        let mut holds_values = is_rewritten(&capture.layout, &layout);
+        match capture.layout.schema.change_to(&layout.schema) {
+            SchemaChange::Incompatible { reason } => {
+                let error = Error::new(ErrorKind::Schema, "capture", format!("table {table_name}"), reason)
+                    .with_remedy(format!("run shori resnapshot --retyped {}", table.name));
+                return self.fail(index, error, gathered);
+            }
+            SchemaChange::Same => {}
+            SchemaChange::Evolved { added, dropped } => {
+                let names = |fields: &[Arc<Field>]| fields.iter().map(|field| field.name().clone()).collect::<Vec<_>>();
+                let (added, dropped) = (names(&added), names(&dropped));
+                tracing::info!(table = table.name, ?added, ?dropped, "the table has other columns");
+                gathered.schemas.push(CaptureInfo { id: capture.id.clone(), schema: layout.schema.clone() });
+                holds_values |= catalog::hold_values(client, layout.oid, &added).await?;
+            }
+        }
+        if holds_values {
+            self.read_anew(index, gathered);
+        }
+        gathered.cut(index)?;
+        self.cursor.captures[index].layout = Arc::new(layout);
+        Ok(())
+    }
+
+    /// Rows hold what was not sent of them: the table is read whole, if it is not about to be anyhow.
+    fn read_anew(&mut self, index: usize, gathered: &mut Gathered) {
+        let capture = &mut self.cursor.captures[index];
+        if capture.progress.state == SnapshotState::Requested {
+            return;
+        }
+        capture.progress = start::read_anew(&capture.id, &capture.progress);
+        gathered.snapshots.push((capture.id.clone(), capture.progress.clone()));
+    }
+}
+
+/// Columns as they are sent now; whether one may be null is not sent.
+fn sent(known: &Layout, columns: Vec<(String, u32, i32)>) -> Vec<Sent> {
+    let nullable =
+        |name: &str| known.columns.iter().find(|column| column.name == name).is_none_or(|column| column.nullable);
+    let sent = columns.into_iter().map(|(name, type_oid, modifier)| Sent {
+        nullable: nullable(&name),
+        name,
+        type_oid,
+        modifier,
+    });
+    sent.collect()
+}
+
+/// Whether a column has another type in the server, be it carried as the same: its values may have been written anew.
+fn is_rewritten(before: &Layout, after: &Layout) -> bool {
+    let differs = |column: &Column| {
+        let known = before.columns.iter().find(|known| known.name == column.name);
+        known.is_some_and(|known| known.type_oid != column.type_oid || known.modifier != column.modifier)
+    };
+    after.columns.iter().any(differs)
+}
