@@ -259,7 +259,7 @@ pub(crate) async fn hold_values(client: &Client, oid: u32, columns: &[String]) -
 }
 
 /// Columns of `layout` that the table has no more, as the statement's snapshot shows it: what is read of the table now
-/// lacks them. Fails where one has another type now.
+/// lacks them. Fails where one has another type now, unless it is carried as its text, whatever it is.
 pub(crate) async fn columns_gone(client: &impl tokio_postgres::GenericClient, layout: &Layout) -> Result<Vec<bool>> {
     let query = "
         select attname::text, atttypid
@@ -271,7 +271,7 @@ pub(crate) async fn columns_gone(client: &impl tokio_postgres::GenericClient, la
     let now: HashMap<String, u32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     let is_gone = |column: &Column| match now.get(&column.name) {
         None => Ok(true),
-        Some(oid) if *oid == column.type_oid => Ok(false),
+        Some(oid) if *oid == column.type_oid || column.as_text => Ok(false),
         Some(_) => {
             let cause = format!("column {} has another type now", column.name);
             Err(Error::new(ErrorKind::Schema, "capture", format!("table {table}"), cause)

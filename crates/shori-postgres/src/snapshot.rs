@@ -335,8 +335,9 @@ pub(crate) fn selected(layout: &Layout, gone: &[bool]) -> String {
             return "null".into();
         }
         let name = quoted(&column.name);
-        // What the type's output function prints: a cast to text may print something else.
-        if column.needs_text() {
+        // What the type's output function prints: a cast to text may print something else. The type may be another one by
+        // now, so this is asked of what prints as itself, too.
+        if column.as_text {
             format!("case when {name} is not null then pg_catalog.format('%s', {name}) end")
         } else {
             name
@@ -349,7 +350,7 @@ pub(crate) fn selected(layout: &Layout, gone: &[bool]) -> String {
 pub(crate) fn value_of<'a>(layout: &Layout, index: usize, raw: Option<Raw<'a>>) -> Value<'a> {
     match raw {
         None => Value::Null,
-        Some(Raw(bytes)) if layout.columns[index].needs_text() => Value::Text(bytes),
+        Some(Raw(bytes)) if layout.columns[index].as_text => Value::Text(bytes),
         Some(Raw(bytes)) => Value::Binary(bytes),
     }
 }

@@ -357,7 +357,15 @@ impl Reader {
             format!("{odd:?}").chars().take(1000).collect::<String>()
         };
         let (extra, missing) = (odd(&is, &should), odd(&should, &is));
-        assert!(is == should, "{table}: {} rows for {}; extra {extra}, missing {missing}", is.len(), should.len());
+        let (snapshot, mark, stopped) = (self.snapshot(table), self.watermark, &self.stored.stopped);
+        let log = self.log(table);
+        let log = format!("{:?}", &log[log.len().saturating_sub(10)..]);
+        assert!(
+            is == should,
+            "{table}: {} rows for {}; extra {extra}, missing {missing}, at {mark:?}, {snapshot:?}, stopped {stopped:?}, log {log}",
+            is.len(),
+            should.len()
+        );
     }
 
     /// The only value of a query.
