@@ -25,6 +25,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{self, Opened};
+use crate::cli;
 use crate::config::Loaded;
 use crate::systems;
 
@@ -86,6 +87,17 @@ pub async fn ingest(loaded: &Loaded, pipeline: &Pipeline) -> Result<u64> {
         changes += counted.load(Ordering::Relaxed);
     }
     Ok(changes)
+}
+
+/// The whole pipeline until it is level with its sources. Must not be called from asynchronous code.
+pub fn run_once(loaded: &Loaded) -> Result<()> {
+    let opened = assemble::open(loaded)?;
+    let events = Events::new(|event| {
+        if let Event::ProjectionFailed { projection, reason } = event {
+            eprintln!("  {projection}: {reason}");
+        }
+    });
+    cli::block_on(assemble::pipeline(loaded, &opened, true, events)?.prepare().run())
 }
 
 /// Log, state and targets of a pipeline whose sources stand still.

@@ -8,7 +8,8 @@
 //!
 //! # Layout
 //!
-//! [`report`] is what is printed, [`machine`] what it ran on, [`task`] how processes are started. A suite is a folder
+//! [`report`] is what is printed, [`machine`] what it ran on, [`task`] how processes are started, [`watch`] what a
+//! running pipeline tells. A suite is a folder
 //! (`engine`) with its list of figures and a file for each.
 
 mod drive;
@@ -17,6 +18,7 @@ mod machine;
 mod postgres;
 mod report;
 mod task;
+mod watch;
 
 use std::path::{Path, PathBuf};
 

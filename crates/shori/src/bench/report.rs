@@ -39,12 +39,16 @@ pub enum Bound {
     AtMost(f64),
     /// The value divided by the floor.
     RatioAtMost(f64),
+    RatioAtLeast(f64),
 }
 
 impl Bound {
     fn target(self) -> f64 {
         match self {
-            Bound::AtLeast(target) | Bound::AtMost(target) | Bound::RatioAtMost(target) => target,
+            Bound::AtLeast(target)
+            | Bound::AtMost(target)
+            | Bound::RatioAtMost(target)
+            | Bound::RatioAtLeast(target) => target,
         }
     }
 
@@ -53,6 +57,7 @@ impl Bound {
             Bound::AtLeast(target) => Some(value >= target),
             Bound::AtMost(target) => Some(value <= target),
             Bound::RatioAtMost(target) => ratio.map(|ratio| ratio <= target),
+            Bound::RatioAtLeast(target) => ratio.map(|ratio| ratio >= target),
         }
     }
 }
@@ -169,6 +174,7 @@ impl fmt::Display for Report {
             let target = match figure.bound {
                 Some(Bound::AtLeast(target)) => format!(">= {target}"),
                 Some(Bound::RatioAtMost(target)) => format!("ratio <= {target}"),
+                Some(Bound::RatioAtLeast(target)) => format!("ratio >= {target}"),
                 _ => format!("<= {}", figure.target),
             };
             let met = figure.met.map_or("-", |met| if met { "yes" } else { "NO" });
@@ -209,6 +215,8 @@ mod tests {
         assert_eq!(met(Bound::AtMost(10.0), measured(10.1, None)), Some(false));
         assert_eq!(met(Bound::RatioAtMost(0.1), measured(0.2, Some(2.0))), Some(true));
         assert_eq!(met(Bound::RatioAtMost(0.1), measured(0.2, None)), None);
+        assert_eq!(met(Bound::RatioAtLeast(0.25), measured(1.0, Some(4.0))), Some(true));
+        assert_eq!(met(Bound::RatioAtLeast(0.25), measured(0.9, Some(4.0))), Some(false));
     }
 
     #[test]

@@ -31,6 +31,11 @@ pub fn answer(measured: &Measured) -> Result<()> {
 
 /// Runs a task and waits for it. What it measured has what its process took among its parts.
 pub fn run(place: &Place, suite: &str, name: &str) -> Result<Measured> {
+    run_with(place, suite, name, &[])
+}
+
+/// The same, with more in its environment.
+pub fn run_with(place: &Place, suite: &str, name: &str, environment: &[(&str, String)]) -> Result<Measured> {
     eprintln!("{name} ...");
     let fail = |cause: String| Error::new(ErrorKind::Refused, "run", format!("benchmark task {name}"), cause);
     let program = std::env::current_exe().map_err(|cause| fail(cause.to_string()))?;
@@ -38,6 +43,7 @@ pub fn run(place: &Place, suite: &str, name: &str) -> Result<Measured> {
     let output = Command::new(program)
         .args(["bench", suite, "--task", name, "--scale", &scale, "--work"])
         .arg(&place.work)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

@@ -1,23 +1,20 @@
 //! The whole demo pipeline over the large state, while the generator, a process of its own, writes at a given rate.
 
-use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
 use serde::Deserialize;
-use shori_core::event::{Event, Events};
-use shori_core::pipeline::{Handle, now};
+use shori_core::event::Events;
+use shori_core::pipeline::Handle;
 use shori_core::position::Position;
 use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
 
 use crate::assemble;
+use crate::bench::watch::{Seen, Watch};
 use crate::bench::{Place, drive};
 use crate::config::Loaded;
-use crate::freshness::{Freshness, Percentiles};
 use crate::systems;
 
 use super::world::World;
@@ -27,23 +24,15 @@ pub(super) const RATE: u64 = 5_000;
 /// A pipeline that is so far behind when the generator ends does not keep up.
 const CATCH_UP_MAX: Duration = Duration::from_secs(120);
 
-/// Longest time that is told apart, in microseconds: one hour.
-const LONGEST_US: u64 = 3_600_000_000;
-
 /// What a run under load brought.
 #[derive(Debug)]
 pub(super) struct Flow {
-    pub freshness: Percentiles,
-    pub projected: u64,
+    pub seen: Seen,
     pub generated: u64,
     /// Seconds by which the generator missed its rate.
     pub late_seconds: f64,
     /// Seconds from the generator's end until all was projected; `None` if that took too long.
     pub caught_up_seconds: Option<f64>,
-    /// How long changes took into the log: the first part of `freshness`.
-    pub appended: Percentiles,
-    /// What was done, how often, and the mean time of one: `append`, `advance`, and a projection's commit.
-    pub work: Vec<(String, u64, f64)>,
 }
 
 /// What `shori generate --json` prints, as far as it matters here.
@@ -57,11 +46,7 @@ struct Generated {
 pub(super) async fn run(place: &Place, warm_up: Duration, measured: Duration) -> Result<Flow> {
     let loaded = World::loaded(place)?;
     let opened = assemble::open(&loaded)?;
-    let watch = Arc::new(Watch {
-        warm: AtomicBool::new(false),
-        freshness: Freshness::new(loaded.config.projections.len()),
-        seen: Mutex::new(Seen { appended: Histogram::new_with_bounds(1, LONGEST_US, 3).ok(), work: BTreeMap::new() }),
-    });
+    let watch = Arc::new(Watch::new(loaded.config.projections.len()));
     let watching = watch.clone();
     let events = Events::new(move |event| watching.listen(event));
     let prepared = assemble::pipeline(&loaded, &opened, false, events)?.prepare();
@@ -78,7 +63,7 @@ async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duratio
     let changes = (RATE as f64 * (warm_up + measured).as_secs_f64()) as u64;
     let generator = generate(loaded, changes)?;
     tokio::time::sleep(warm_up).await;
-    watch.warm.store(true, Ordering::Relaxed);
+    watch.begin();
     let generated = tokio::task::spawn_blocking(move || finished(generator)).await;
     let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;
     let ended = tokio::time::Instant::now();
@@ -88,66 +73,12 @@ async fn drive(loaded: &Loaded, handle: &Handle, watch: &Watch, warm_up: Duratio
         Ok(shown) => shown.map(|()| Some(ended.elapsed().as_secs_f64()))?,
         Err(_) => None,
     };
-    let seen = watch.seen.lock().unwrap_or_else(PoisonError::into_inner);
-    let mean = |(name, (times, took)): (&String, &(u64, Duration))| {
-        (name.clone(), *times, took.as_secs_f64() * 1000.0 / (*times).max(1) as f64)
-    };
-    let appended =
-        |percentile| seen.appended.as_ref().map_or(0.0, |taken| taken.value_at_percentile(percentile) as f64 / 1000.0);
     Ok(Flow {
-        freshness: watch.freshness.percentiles(),
-        projected: watch.freshness.projected(),
+        seen: watch.seen(),
         generated: generated.changes,
         late_seconds: generated.late_seconds,
         caught_up_seconds,
-        appended: Percentiles { p50: appended(50.0), p95: appended(95.0), p99: appended(99.0) },
-        work: seen.work.iter().map(mean).collect(),
     })
-}
-
-/// Listens from the end of the warm-up on.
-struct Watch {
-    warm: AtomicBool,
-    freshness: Freshness,
-    seen: Mutex<Seen>,
-}
-
-struct Seen {
-    /// Microseconds from source commit to the log, per change.
-    appended: Option<Histogram<u64>>,
-    work: BTreeMap<String, (u64, Duration)>,
-}
-
-impl Watch {
-    fn listen(&self, event: &Event) {
-        if let Event::ProjectionFailed { projection, reason } = event {
-            eprintln!("  {projection}: {reason}");
-        }
-        if let Event::Retrying { what, reason, .. } = event {
-            eprintln!("  trying {what} again: {reason}");
-        }
-        if !self.warm.load(Ordering::Relaxed) {
-            return;
-        }
-        self.freshness.listen(event);
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let (name, took) = match event {
-            Event::Appended { took, commits, .. } => {
-                let time = now();
-                if let Some(appended) = &mut seen.appended {
-                    for run in commits {
-                        appended.saturating_record_n((time - run.time).max(1) as u64, run.rows);
-                    }
-                }
-                ("append".to_string(), *took)
-            }
-            Event::Advanced { took, .. } => ("advance".to_string(), *took),
-            Event::Projected { projection, took, .. } => (projection.to_string(), *took),
-            _ => return,
-        };
-        let work = seen.work.entry(name).or_default();
-        *work = (work.0 + 1, work.1 + took);
-    }
 }
 
 /// A state that was measured before has a seed of its own: the same choices again would change nothing, a customer being in

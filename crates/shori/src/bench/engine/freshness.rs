@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use shori_core::{Error, ErrorKind, Result};
+use shori_core::Result;
 
 use super::flow;
 use crate::bench::{Measured, Place};
@@ -18,20 +18,8 @@ pub(super) fn measure(place: &Place) -> Result<Measured> {
     let shorter = place.scale.max(0.1);
     let seconds = |seconds: f64| Duration::from_secs_f64(seconds * shorter);
     let flow = cli::block_on(flow::run(place, seconds(WARM_UP_SECONDS), seconds(MEASURED_SECONDS)))?;
-    if flow.projected == 0 {
-        let cause = "no change was shown by every projection";
-        return Err(Error::new(ErrorKind::Internal, "measure", "freshness", cause));
-    }
-    let mut measured = Measured::new(flow.freshness.p99)
-        .part("p50_ms", flow.freshness.p50)
-        .part("p95_ms", flow.freshness.p95)
-        .part("changes", flow.projected as f64)
-        .part("generated", flow.generated as f64)
-        .part("generator_late_s", flow.late_seconds);
-    measured = measured.part("appended_p50_ms", flow.appended.p50).part("appended_p99_ms", flow.appended.p99);
-    for (name, times, mean_ms) in &flow.work {
-        measured = measured.part(&format!("{name}_times"), *times as f64).part(&format!("{name}_mean_ms"), *mean_ms);
-    }
+    let mut measured =
+        flow.seen.measured()?.part("generated", flow.generated as f64).part("generator_late_s", flow.late_seconds);
     match flow.caught_up_seconds {
         Some(seconds) => measured = measured.part("caught_up_s", seconds),
         None => measured.note = Some("the pipeline did not keep up: changes not shown are not counted".into()),

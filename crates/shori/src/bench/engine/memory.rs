@@ -5,15 +5,14 @@
 use std::time::{Duration, Instant};
 
 use shori_core::Result;
-use shori_core::event::{Event, Events};
 
 use super::flow;
 use super::world::World;
 use crate::bench::drive::{self, source_error};
 use crate::bench::machine::peak_resident_mb;
 use crate::bench::{Measured, Place};
+use crate::cli;
 use crate::config::Loaded;
-use crate::{assemble, cli};
 
 pub(super) const FOLDER: &str = "memory";
 const TRANSACTION_ROWS: u64 = 1_000_000;
@@ -47,7 +46,7 @@ pub(super) fn measure_state(place: &Place) -> Result<Measured> {
 /// One transaction waits in a source whose tables were taken over empty.
 pub(super) fn prepare_transaction(place: &Place) -> Result<Measured> {
     let loaded = drive::demo(&place.fresh(FOLDER)?)?;
-    run_once(&loaded)?;
+    drive::run_once(&loaded)?;
     let mut connection = drive::open_source(&loaded)?;
     let mut fill = || {
         let transaction = connection.transaction()?;
@@ -60,16 +59,6 @@ pub(super) fn prepare_transaction(place: &Place) -> Result<Measured> {
 
 pub(super) fn measure_transaction(place: &Place) -> Result<Measured> {
     let begun = Instant::now();
-    run_once(&Loaded::demo(&place.folder(FOLDER))?)?;
+    drive::run_once(&Loaded::demo(&place.folder(FOLDER))?)?;
     Ok(Measured::new(peak_resident_mb()).part("seconds_s", begun.elapsed().as_secs_f64()))
-}
-
-fn run_once(loaded: &Loaded) -> Result<()> {
-    let opened = assemble::open(loaded)?;
-    let events = Events::new(|event| {
-        if let Event::ProjectionFailed { projection, reason } = event {
-            eprintln!("  {projection}: {reason}");
-        }
-    });
-    cli::block_on(assemble::pipeline(loaded, &opened, true, events)?.prepare().run())
 }

@@ -1,4 +1,4 @@
-//! The pipeline that is measured: one table of the benchmark's server, logged in DuckDB.
+//! The pipeline that is measured: one table of the benchmark's server, and what is made of it.
 
 use std::path::Path;
 use std::time::Instant;
@@ -16,8 +16,45 @@ use crate::{assemble, cli};
 pub(super) const FOLDER: &str = "pipeline";
 pub(super) const PUBLICATION: &str = "bench";
 
-pub(super) fn loaded(folder: &Path, server: &Server) -> Result<Loaded> {
+/// What is made of the changes.
+pub(super) enum Results<'a> {
+    LogInDuckdb,
+    LogIn(&'a Server),
+    /// With the log there, too.
+    HistoryIn(&'a Server),
+}
+
+pub(super) const HISTORY: &str = "dim_orders_history";
+
+const IN_DUCKDB: &str = "
+[[store]]
+name = \"log\"
+kind = \"duckdb\"
+path = \"log.duckdb\"
+";
+
+const PROJECTION: &str = "
+[[projection]]
+name = \"dim_orders_history\"
+kind = \"history\"
+table = \"orders\"
+key = [\"order_key\"]
+";
+
+pub(super) fn loaded(folder: &Path, source: &Server, results: &Results<'_>) -> Result<Loaded> {
     let file = folder.join("shori.toml");
+    let server = |server: &Server| {
+        format!(
+            "server = {{ host = \"127.0.0.1\", port = {}, database = \"{DATABASE}\", user = \"postgres\" }}",
+            server.port()
+        )
+    };
+    let store = |warehouse| format!("[[store]]\nname = \"warehouse\"\nkind = \"postgres\"\n{}\n", server(warehouse));
+    let results = match results {
+        Results::LogInDuckdb => IN_DUCKDB.to_string(),
+        Results::LogIn(warehouse) => store(warehouse),
+        Results::HistoryIn(warehouse) => format!("{}{PROJECTION}", store(warehouse)),
+    };
     let text = format!(
         "[pipeline]
         name = \"bench\"
@@ -25,20 +62,15 @@ pub(super) fn loaded(folder: &Path, server: &Server) -> Result<Loaded> {
         [[source]]
         name = \"bench\"
         kind = \"postgres\"
-        server = {{ host = \"127.0.0.1\", port = {}, database = \"{DATABASE}\", user = \"postgres\" }}
+        {}
         publication = \"{PUBLICATION}\"
         slot = \"shori\"
         tables.orders = {{}}
 
-        [[store]]
-        name = \"log\"
-        kind = \"duckdb\"
-        path = \"log.duckdb\"
-
         [memory]
         limit_mib = 96
-        ",
-        server.port()
+        {results}",
+        server(source)
     );
     std::fs::write(&file, text)
         .map_err(|cause| Error::new(ErrorKind::Refused, "write", file.display().to_string(), cause))?;

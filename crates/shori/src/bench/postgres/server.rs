@@ -11,6 +11,9 @@ use std::time::Duration;
 use crate::bench::Place;
 
 pub(super) const DATABASE: &str = "bench";
+/// The servers: that of the application, and that of the results.
+pub(super) const SOURCE: &str = "postgres";
+pub(super) const WAREHOUSE: &str = "warehouse";
 
 const SETTINGS: &str = "
 listen_addresses = '127.0.0.1'
@@ -34,13 +37,16 @@ fn fail(object: &str) -> impl Fn(String) -> Error {
 
 impl Server {
     /// A new cluster with an empty database.
-    pub fn make(place: &Place) -> Result<Self> {
-        let folder = place.fresh("postgres")?;
+    pub fn make(place: &Place, name: &str) -> Result<Self> {
+        let folder = place.fresh(name)?;
         let data = folder.join("data");
         let programs = programs()?;
         let server = Self { port: free_port()?, data, programs };
         server.own(&folder)?;
-        server.run("initdb", &["-D", "{data}", "-U", "postgres", "--auth=trust", "--locale=C", "-E", "UTF8", "-N"])?;
+        server.start_program(
+            "initdb",
+            &["-D", "{data}", "-U", "postgres", "--auth=trust", "--locale=C", "-E", "UTF8", "-N"],
+        )?;
         let path = server.data.join("postgresql.conf");
         let written = std::fs::read_to_string(&path).and_then(|text| {
             std::fs::write(&path, format!("{text}{SETTINGS}unix_socket_directories = '{}'\n", server.data.display()))
@@ -48,39 +54,39 @@ impl Server {
         written.map_err(|cause| fail("initdb")(cause.to_string()))?;
         server.start()?;
         let made = crate::cli::block_on(async {
-            let session = server.address("postgres").connect().await?;
+            let session = address(server.port, "postgres").connect().await?;
             session.client.batch_execute(&format!("create database {DATABASE}")).await.map_err(refused)
         });
         made.map(|()| server)
     }
 
     /// The cluster that an earlier task made.
-    pub fn again(place: &Place) -> Result<Self> {
-        let server = Self { port: free_port()?, data: place.folder("postgres").join("data"), programs: programs()? };
+    pub fn again(place: &Place, name: &str) -> Result<Self> {
+        let server = Self { port: free_port()?, data: place.folder(name).join("data"), programs: programs()? };
         server.start()?;
         Ok(server)
     }
 
     fn start(&self) -> Result<()> {
         let options = format!("-p {}", self.port);
-        self.run("pg_ctl", &["-D", "{data}", "-l", "{data}/log", "-o", &options, "-w", "start"])
+        self.start_program("pg_ctl", &["-D", "{data}", "-l", "{data}/log", "-o", &options, "-w", "start"])
     }
 
-    pub fn address(&self, database: &str) -> Address {
-        Address {
-            host: "127.0.0.1".into(),
-            port: self.port,
-            database: database.into(),
-            user: "postgres".into(),
-            password: None,
-            tls: Tls::Off,
-            connect_timeout: Duration::from_secs(10),
-            statement_timeout: Duration::from_secs(3600),
+    /// Statements, each in a transaction of its own.
+    pub async fn run(&self, statements: &[&str]) -> Result<()> {
+        let client = &self.connect().await?.client;
+        for statement in statements {
+            client.batch_execute(statement).await.map_err(refused)?;
         }
+        Ok(())
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.data
     }
 
     pub async fn connect(&self) -> Result<Session> {
-        self.address(DATABASE).connect().await
+        address(self.port, DATABASE).connect().await
     }
 
     pub fn port(&self) -> u16 {
@@ -104,7 +110,7 @@ impl Server {
         }
     }
 
-    fn run(&self, program: &str, arguments: &[&str]) -> Result<()> {
+    fn start_program(&self, program: &str, arguments: &[&str]) -> Result<()> {
         let mut command = if rustix::process::geteuid().is_root() {
             let mut command = Command::new("setpriv");
             command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(self.program(program));
@@ -124,9 +130,22 @@ impl Server {
     }
 }
 
+pub(super) fn address(port: u16, database: &str) -> Address {
+    Address {
+        host: "127.0.0.1".into(),
+        port,
+        database: database.into(),
+        user: "postgres".into(),
+        password: None,
+        tls: Tls::Off,
+        connect_timeout: Duration::from_secs(10),
+        statement_timeout: Duration::from_secs(3600),
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
-        if let Err(error) = self.run("pg_ctl", &["-D", "{data}", "-m", "immediate", "-w", "stop"]) {
+        if let Err(error) = self.start_program("pg_ctl", &["-D", "{data}", "-m", "immediate", "-w", "stop"]) {
             eprintln!("the benchmark's PostgreSQL server still runs: {error}");
         }
     }

@@ -7,43 +7,34 @@ use std::time::Instant;
 use futures::TryStreamExt;
 use shori_core::{Error, ErrorKind, Result};
 
-use super::pipeline;
-use super::server::{Server, refused};
+use super::pipeline::{self, Results};
+use super::server::{SOURCE, Server, refused};
 use super::stream::{TABLE, row};
 use crate::bench::{Measured, Place};
 
 const ROWS: u64 = 1_100_000;
 
 pub(super) fn prepare(place: &Place) -> Result<Measured> {
-    let server = Server::make(place)?;
+    let server = Server::make(place, SOURCE)?;
     place.fresh(pipeline::FOLDER)?;
-    crate::cli::block_on(async {
-        let client = &server.connect().await?.client;
-        client.batch_execute(TABLE).await.map_err(refused)?;
-        // As wide as the target's: 150 MB.
-        client.batch_execute("alter table orders add column note text").await.map_err(refused)?;
-        let rows = place.rows(ROWS);
-        let insert = format!(
-            "insert into orders select {}, repeat(md5(n::text), 2) from generate_series(1, {rows}) as n",
-            row("n")
-        );
-        client.batch_execute(&insert).await.map_err(refused)?;
-        // Each alone: several statements at once are one transaction.
-        client.batch_execute("vacuum analyze orders").await.map_err(refused)?;
-        client.batch_execute("checkpoint").await.map_err(refused)
-    })?;
+    let rows = place.rows(ROWS);
+    let insert =
+        format!("insert into orders select {}, repeat(md5(n::text), 2) from generate_series(1, {rows}) as n", row("n"));
+    // As wide as the target's: 150 MB.
+    let wider = "alter table orders add column note text";
+    crate::cli::block_on(server.run(&[TABLE, wider, &insert, "vacuum analyze orders", "checkpoint"]))?;
     Ok(Measured::default())
 }
 
 pub(super) fn measure(place: &Place) -> Result<Measured> {
-    let server = Server::again(place)?;
+    let server = Server::again(place, SOURCE)?;
     let (floor, bytes) = crate::cli::block_on(async {
         let client = &server.connect().await?.client;
         // Once before, so that both find the table in memory.
         copy_out(client).await?;
         copy_out(client).await
     })?;
-    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server)?;
+    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server, &Results::LogInDuckdb)?;
     let (_, seconds) = pipeline::read(&loaded)?;
     let rows = pipeline::rows_in_log(&loaded)?;
     if rows != place.rows(ROWS) {

@@ -1,4 +1,4 @@
-//! postgres.stream_duckdb, postgres.stream_cpu: changes that wait in a slot, into the durable log.
+//! postgres.stream_pg, postgres.stream_duckdb, postgres.stream_cpu: changes that wait in a slot, into the durable log.
 //!
 //! The floor is `pg_recvlogical`, which writes the same messages of the same transactions to a file, from a slot of its
 //! own. Both are timed from connecting to the end of the log.
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use shori_core::{Error, ErrorKind, Result};
 
-use super::pipeline;
-use super::server::{DATABASE, Server, refused};
+use super::pipeline::{self, Results};
+use super::server::{DATABASE, SOURCE, Server, WAREHOUSE, refused};
 use crate::bench::machine::{processor_seconds, processor_seconds_of};
 use crate::bench::{Measured, Place};
 
@@ -35,34 +35,65 @@ pub(super) fn row(number: &str) -> String {
     )
 }
 
-pub(super) fn prepare(place: &Place) -> Result<Measured> {
-    let server = Server::make(place)?;
+/// Where the changes are logged.
+#[derive(Clone, Copy)]
+enum Into {
+    Duckdb,
+    Postgres,
+}
+
+pub(super) fn prepare_duckdb(place: &Place) -> Result<Measured> {
+    prepare(place, Into::Duckdb)
+}
+
+pub(super) fn prepare_postgres(place: &Place) -> Result<Measured> {
+    prepare(place, Into::Postgres)
+}
+
+fn prepare(place: &Place, into: Into) -> Result<Measured> {
+    let server = Server::make(place, SOURCE)?;
+    let warehouse = match into {
+        Into::Duckdb => None,
+        Into::Postgres => Some(Server::make(place, WAREHOUSE)?),
+    };
     let folder = place.fresh(pipeline::FOLDER)?;
-    crate::cli::block_on(async {
-        let session = server.connect().await?;
-        session.client.batch_execute(TABLE).await.map_err(refused)
-    })?;
+    crate::cli::block_on(server.run(&[TABLE]))?;
     // The log takes over the empty table, so that nothing but changes is read.
-    pipeline::read(&pipeline::loaded(&folder, &server)?)?;
+    pipeline::read(&pipeline::loaded(&folder, &server, &results(warehouse.as_ref()))?)?;
     crate::cli::block_on(async {
-        let client = &server.connect().await?.client;
-        client.execute("select pg_create_logical_replication_slot('floor', 'pgoutput')", &[]).await.map_err(refused)?;
-        let rows = place.rows(CHANGES);
-        let mut first = 0;
-        while first < rows {
-            let last = (first + TRANSACTION_ROWS).min(rows);
-            let insert =
-                format!("insert into orders select {} from generate_series({first}, {}) as n", row("n"), last - 1);
-            client.batch_execute(&insert).await.map_err(refused)?;
-            first = last;
-        }
-        client.batch_execute("checkpoint").await.map_err(refused)
+        server.run(&["select pg_create_logical_replication_slot('floor', 'pgoutput')"]).await?;
+        insert(&server, place.rows(CHANGES)).await
     })?;
     Ok(Measured::default())
 }
 
-pub(super) fn measure_wall(place: &Place) -> Result<Measured> {
-    let Both { ours, floor } = measure(place)?;
+fn results(warehouse: Option<&Server>) -> Results<'_> {
+    warehouse.map_or(Results::LogInDuckdb, Results::LogIn)
+}
+
+/// New orders, [`TRANSACTION_ROWS`] at a time.
+pub(super) async fn insert(server: &Server, rows: u64) -> Result<()> {
+    let client = &server.connect().await?.client;
+    let mut first = 0;
+    while first < rows {
+        let last = (first + TRANSACTION_ROWS).min(rows);
+        let insert = format!("insert into orders select {} from generate_series({first}, {}) as n", row("n"), last - 1);
+        client.batch_execute(&insert).await.map_err(refused)?;
+        first = last;
+    }
+    client.batch_execute("checkpoint").await.map_err(refused)
+}
+
+pub(super) fn measure_duckdb(place: &Place) -> Result<Measured> {
+    measure_wall(place, Into::Duckdb)
+}
+
+pub(super) fn measure_postgres(place: &Place) -> Result<Measured> {
+    measure_wall(place, Into::Postgres)
+}
+
+fn measure_wall(place: &Place, into: Into) -> Result<Measured> {
+    let Both { ours, floor } = measure(place, into)?;
     let measured = Measured { floor: Some(floor.seconds), ..Measured::new(ours.seconds) };
     let rate = place.rows(CHANGES) as f64 / ours.seconds;
     Ok(measured
@@ -72,7 +103,7 @@ pub(super) fn measure_wall(place: &Place) -> Result<Measured> {
 }
 
 pub(super) fn measure_processor(place: &Place) -> Result<Measured> {
-    let Both { ours, floor } = measure(place)?;
+    let Both { ours, floor } = measure(place, Into::Duckdb)?;
     let measured = Measured { floor: Some(floor.processor), ..Measured::new(ours.processor) };
     Ok(measured.part("seconds_s", ours.seconds).part("floor_seconds_s", floor.seconds))
 }
@@ -87,10 +118,14 @@ struct Both {
     floor: Took,
 }
 
-fn measure(place: &Place) -> Result<Both> {
-    let server = Server::again(place)?;
+fn measure(place: &Place, into: Into) -> Result<Both> {
+    let server = Server::again(place, SOURCE)?;
+    let warehouse = match into {
+        Into::Duckdb => None,
+        Into::Postgres => Some(Server::again(place, WAREHOUSE)?),
+    };
     let floor = receive(place, &server)?;
-    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server)?;
+    let loaded = pipeline::loaded(&place.folder(pipeline::FOLDER), &server, &results(warehouse.as_ref()))?;
     let before = processor_seconds();
     let (changes, seconds) = pipeline::read(&loaded)?;
     let processor = processor_seconds() - before;
