@@ -1,6 +1,7 @@
 //! What is derived from captured tables, and the table it is written to.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, SchemaRef, TimeUnit};
@@ -74,12 +75,70 @@ pub enum EntityPath {
     Through { table: Arc<str>, own_column: String, their_column: String },
 }
 
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct HistoryProjection {
     pub table: Arc<str>,
     /// Names of the key columns in the history, in the table's key order. Empty: those of the table, see
     /// [`Projection::with_key_names`].
     pub key: Vec<String>,
+    pub tracked: Tracked,
+    pub deletes: Deletes,
+}
+
+/// The columns, beside the key, that a history has: a commit that leaves all of them as they were makes no version.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum Tracked {
+    /// Every column; every commit that writes a row makes a version, be it the same.
+    #[default]
+    All,
+    Only(Vec<String>),
+    /// Columns that are added to the table later, too.
+    AllBut(Vec<String>),
+}
+
+/// What a history does when a row is deleted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Deletes {
+    /// Its version ends.
+    #[default]
+    Close,
+    /// One follows that says so, with the values that stood last; it ends when the key comes back.
+    Tombstone,
+}
+
+impl HistoryProjection {
+    pub fn tracks(&self, column: &str) -> bool {
+        match &self.tracked {
+            Tracked::All => true,
+            Tracked::Only(columns) => columns.iter().any(|name| name == column),
+            Tracked::AllBut(columns) => columns.iter().all(|name| name != column),
+        }
+    }
+
+    /// Columns that it names and that `has` does not know.
+    pub fn unknown_columns(&self, has: impl Fn(&str) -> bool) -> Vec<&str> {
+        let named = match &self.tracked {
+            Tracked::All => &[],
+            Tracked::Only(columns) | Tracked::AllBut(columns) => columns.as_slice(),
+        };
+        named.iter().map(String::as_str).filter(|name| !has(name)).collect()
+    }
+}
+
+/// Part of [`Projection::definition`]: what is as it is by default is left out, so that a history that was made before
+/// there was a choice stays the same.
+impl fmt::Debug for HistoryProjection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("HistoryProjection");
+        shown.field("table", &self.table).field("key", &self.key);
+        if self.tracked != Tracked::default() {
+            shown.field("tracked", &self.tracked);
+        }
+        if self.deletes != Deletes::default() {
+            shown.field("deletes", &self.deletes);
+        }
+        shown.finish()
+    }
 }
 
 impl Projection {
@@ -151,11 +210,12 @@ pub mod history {
     /// max(source commit time, the key's previous boundary + 1 us): versions of a key never overlap, whatever the
     /// source's clock did.
     pub const VALID_FROM: &str = "valid_from";
-    /// Equals the successor's `valid_from`; null for the current version.
+    /// Equals the successor's `valid_from`; null for the current version, which a tombstone is, too.
     pub const VALID_TO: &str = "valid_to";
     pub const IS_CURRENT: &str = "is_current";
-    /// What opened the version: INSERT, UPDATE or SNAPSHOT.
+    /// What opened the version: INSERT, UPDATE or SNAPSHOT; DELETE where it is a [tombstone](Deletes::Tombstone).
     pub const CDC_OPERATION: &str = "cdc_operation";
+    pub const DELETE: &str = "DELETE";
     /// Source commit time as it was.
     pub const CDC_TIMESTAMP: &str = "cdc_timestamp";
     /// The commit that opened the version; unique per key.

@@ -6,7 +6,7 @@
 //! Rows lie by key in a state file of their own ([`file`], [`layout`], [`rows`]; as bytes: [`cells`], [`key`],
 //! [`tables`]). A step applies changes to them one after the other and keeps what they changed ([`advance`],
 //! [`images`], [`steps`], [`kept`]). An output is made from what was kept since the target's checkpoint ([`compute`]):
-//! straight from the file ([`direct`]), or by DuckDB, for queries over the rows of touched entities alone ([`entity`],
+//! straight from the file ([`direct`], [`history`]), or by DuckDB, for queries over the rows of touched entities alone ([`entity`],
 //! [`query`], [`mirror`]), on two threads where there is enough to do ([`hands`]). Differences that are small are told and added
 //! up in memory ([`difference`], [`adding`]). It is handed out in parts ([`reader`]); what a query's next output builds on is kept in
 //! [`results`].
@@ -22,6 +22,7 @@ mod direct;
 mod entity;
 mod file;
 mod hands;
+mod history;
 mod images;
 mod kept;
 mod key;
@@ -166,9 +167,11 @@ impl Shared {
     fn needs_nets(&self, layout: &Layout, table: &str) -> bool {
         let started = locked(&self.started);
         layout.projections.values().any(|projection| {
-            !matches!(projection.derivation, Derivation::History(_))
-                && started.contains(&projection.name)
-                && projection.tables().iter().any(|name| **name == *table)
+            let differs = match &projection.derivation {
+                Derivation::History(of) => history::needs_before(of),
+                Derivation::Sql(_) | Derivation::Latest { .. } => true,
+            };
+            differs && started.contains(&projection.name) && projection.tables().iter().any(|name| **name == *table)
         })
     }
 }

@@ -12,7 +12,8 @@ use shori_core::ingest::IngestSettings;
 use shori_core::pipeline::{Pipeline, Retention, Settings};
 use shori_core::project::ProjectSettings;
 use shori_core::projection::{
-    Derivation, Entity, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection,
+    Deletes, Derivation, Entity, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection,
+    Tracked,
 };
 use shori_core::retry::RetryPolicy;
 use shori_core::source::{BatchLimit, Source};
@@ -20,7 +21,9 @@ use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::database::{self, Database};
 use shori_duckdb::transform::DuckdbTransform;
 
-use crate::config::{EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, StoreConfig, StoreKind};
+use crate::config::{
+    DeletesConfig, EntityPathConfig, Loaded, ProjectionConfig, ProjectionKind, StoreConfig, StoreKind,
+};
 use crate::control::Client;
 use crate::stores::OpenStore;
 use crate::systems::System;
@@ -184,6 +187,7 @@ pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Proj
     let wrong = |cause: &str| loaded.wrong(&format!("projection {}", configured.name), cause);
     let table = || configured.table.as_deref().ok_or_else(|| wrong("it names no table"));
     let is_sql = matches!(configured.kind, ProjectionKind::Sql);
+    let is_history = configured.kind == ProjectionKind::History;
     let has_measures = configured.weight.is_some() || !configured.additive.is_empty() || configured.publish_weight;
     let foreign = [
         (
@@ -193,6 +197,12 @@ pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Proj
         ),
         ("tables", !is_sql && !configured.tables.is_empty(), "which is for kind \"sql\": name its table"),
         ("entity", !is_sql && configured.entity.is_some(), "which is for kind \"sql\": leave it out"),
+        (
+            "tracked or untracked columns",
+            !is_history && (configured.tracked.is_some() || configured.untracked.is_some()),
+            "which are for kind \"history\": leave them out",
+        ),
+        ("deletes", !is_history && configured.deletes.is_some(), "which is for kind \"history\": leave it out"),
         ("additive columns or a weight", !is_sql && has_measures, "which are for kind \"sql\": leave them out"),
     ];
     if let Some((key, _, cause)) = foreign.iter().find(|(_, is_given, _)| *is_given) {
@@ -202,9 +212,20 @@ pub fn projection(loaded: &Loaded, configured: &ProjectionConfig) -> Result<Proj
         ProjectionKind::Sql => Derivation::Sql(sql_projection(loaded, configured)?),
         _ if configured.sql.is_some() => return Err(wrong("only kind \"sql\" has a query")),
         ProjectionKind::Latest => Derivation::Latest { table: table()?.into() },
-        ProjectionKind::History => {
-            Derivation::History(HistoryProjection { table: table()?.into(), key: configured.key.clone() })
-        }
+        ProjectionKind::History => Derivation::History(HistoryProjection {
+            table: table()?.into(),
+            key: configured.key.clone(),
+            tracked: match (&configured.tracked, &configured.untracked) {
+                (None, None) => Tracked::All,
+                (Some(columns), None) => Tracked::Only(columns.clone()),
+                (None, Some(columns)) => Tracked::AllBut(columns.clone()),
+                (Some(_), Some(_)) => return Err(wrong("it has tracked and untracked columns: leave one out")),
+            },
+            deletes: match configured.deletes {
+                None | Some(DeletesConfig::Close) => Deletes::Close,
+                Some(DeletesConfig::Tombstone) => Deletes::Tombstone,
+            },
+        }),
     };
     Ok(Projection { name: configured.name.as_str().into(), derivation })
 }

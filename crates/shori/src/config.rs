@@ -137,6 +137,10 @@ pub struct ProjectionConfig {
     pub tables: Vec<String>,
     #[serde(default)]
     pub key: Vec<String>,
+    /// Of `history`: the columns that it has beside the key, or all but which; and what a deletion does.
+    pub tracked: Option<Vec<String>>,
+    pub untracked: Option<Vec<String>>,
+    pub deletes: Option<DeletesConfig>,
     pub entity: Option<BTreeMap<String, EntityPathConfig>>,
     #[serde(default)]
     pub additive: Vec<String>,
@@ -145,6 +149,13 @@ pub struct ProjectionConfig {
     pub publish_weight: bool,
     #[serde(default = "defaults::enabled")]
     pub enabled: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeletesConfig {
+    Close,
+    Tombstone,
 }
 
 #[derive(Clone, Debug)]

@@ -44,6 +44,7 @@ struct Columns {
     valid_to: usize,
     is_current: usize,
     source_lsn: usize,
+    operation: usize,
 }
 
 impl TargetTable {
@@ -165,6 +166,7 @@ impl TargetTable {
             valid_to: index(history::VALID_TO),
             is_current: index(history::IS_CURRENT),
             source_lsn: index(history::SOURCE_LSN),
+            operation: index(history::CDC_OPERATION),
         }
     }
 
@@ -237,7 +239,7 @@ impl TargetTable {
     }
 }
 
-/// Ends a key's open versions that did not come.
+/// Ends a key's open versions that did not come. A tombstone ends when something follows it.
 fn end_older(
     columns: &Columns,
     versions: &mut BTreeMap<Vec<u8>, Row>,
@@ -250,6 +252,9 @@ fn end_older(
     for (_, version) in open {
         let start = time_of(&version[columns.valid_from]);
         let next = starts.iter().copied().filter(|other| *other > start).min();
+        if next.is_none() && version[columns.operation] == Value::from(history::DELETE) {
+            continue;
+        }
         *version = ended(columns, version, Value::Time(next.unwrap_or(as_of_time.max(start + 1))));
         written += 1;
     }

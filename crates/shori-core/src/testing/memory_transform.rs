@@ -14,7 +14,7 @@ use super::value::{Row, Value, batch_of, pick};
 use crate::change::ChangeBatch;
 use crate::error::{Error, ErrorKind, Result};
 use crate::position::{CaptureId, Micros, Position, Positions};
-use crate::projection::{self, Derivation, HistoryProjection, Projection, SqlProjection, history};
+use crate::projection::{self, Deletes, Derivation, HistoryProjection, Projection, SqlProjection, Tracked, history};
 use crate::schema::TableSchema;
 use crate::store::{OutputKind, OutputReader, OutputRows};
 use crate::transform::{Advanced, Applied, CaptureAdvance, Computed, LogReader, StateTable, Transform};
@@ -176,7 +176,10 @@ impl Cache {
             Derivation::History(_) if !told => return Ok(Computed::NeedsReplay),
             Derivation::History(derivation) => {
                 let kind = if since.is_some() { OutputKind::Versions } else { OutputKind::ReplaceVersions };
-                (kind, versions(derivation, tables[0], tables.iter().map(|table| table.changes_since(&from(table)))))
+                (
+                    kind,
+                    versions(derivation, tables[0], kind, tables.iter().map(|table| table.changes_since(&from(table)))),
+                )
             }
             Derivation::Latest { .. } if told && since.is_some() => {
                 (OutputKind::Merge, latest_changes(tables.iter().map(|table| (*table, from(table)))))
@@ -291,8 +294,9 @@ fn latest_changes<'a>(tables: impl Iterator<Item = (&'a TableState, Position)>) 
     output
 }
 
-fn tracked(schema: &TableSchema) -> Vec<usize> {
-    (0..schema.columns.fields().len()).filter(|index| !schema.key.contains(index)).collect()
+fn tracked(schema: &TableSchema, derivation: &HistoryProjection) -> Vec<usize> {
+    let is_tracked = |index: &usize| derivation.tracks(schema.columns.field(*index).name());
+    (0..schema.columns.fields().len()).filter(|index| !schema.key.contains(index)).filter(is_tracked).collect()
 }
 
 fn history_key_fields(schema: &TableSchema, derivation: &HistoryProjection) -> Vec<Field> {
@@ -302,7 +306,7 @@ fn history_key_fields(schema: &TableSchema, derivation: &HistoryProjection) -> V
 
 fn history_fields(schema: &TableSchema, derivation: &HistoryProjection) -> Fields {
     let mut fields = history_key_fields(schema, derivation);
-    fields.extend(tracked(schema).into_iter().map(|index| {
+    fields.extend(tracked(schema, derivation).into_iter().map(|index| {
         let field = schema.columns.field(index).clone().with_nullable(true);
         let name = history::published_name(field.name());
         field.with_name(name)
@@ -314,6 +318,7 @@ fn history_fields(schema: &TableSchema, derivation: &HistoryProjection) -> Field
 fn versions<'a>(
     derivation: &HistoryProjection,
     table: &TableState,
+    kind: OutputKind,
     changes: impl Iterator<Item = &'a [Arc<Change>]>,
 ) -> Vec<OutputRows> {
     let schema = &table.schema;
@@ -325,13 +330,21 @@ fn versions<'a>(
             by_key.entry(&change.key).or_default().push(change);
         }
         for (key, changes) in by_key {
-            if changes[0].before.is_some() {
-                closes.push(key.iter().cloned().chain([Value::Time(changes[0].boundary)]).collect::<Row>());
+            let changes: Vec<&Change> =
+                changes.into_iter().filter(|change| makes_version(schema, derivation, change)).collect();
+            let Some(first) = changes.first() else { continue };
+            let is_tombstone_ended = derivation.deletes == Deletes::Tombstone && kind == OutputKind::Versions;
+            if first.before.is_some() || is_tombstone_ended {
+                closes.push(key.iter().cloned().chain([Value::Time(first.boundary)]).collect::<Row>());
             }
             for (index, change) in changes.iter().enumerate() {
-                let Some(after) = &change.after else { continue };
+                let (row, operation) = match (&change.after, &change.before) {
+                    (Some(after), _) => (after, change.operation),
+                    (None, Some(before)) if derivation.deletes == Deletes::Tombstone => (before, history::DELETE),
+                    (None, _) => continue,
+                };
                 let end = changes.get(index + 1).map(|next| next.boundary);
-                opened.push(version(schema, change, after, end));
+                opened.push(version(schema, derivation, change, (row, operation), end));
             }
         }
     }
@@ -342,14 +355,29 @@ fn versions<'a>(
     output
 }
 
-fn version(schema: &TableSchema, change: &Change, after: &StateRow, end: Option<Micros>) -> Row {
+fn makes_version(schema: &TableSchema, derivation: &HistoryProjection, change: &Change) -> bool {
+    let tracked = tracked(schema, derivation);
+    let values = |state: &StateRow| pick(&state.row, &tracked);
+    match (&change.before, &change.after) {
+        (Some(before), Some(after)) => derivation.tracked == Tracked::All || values(before) != values(after),
+        _ => true,
+    }
+}
+
+fn version(
+    schema: &TableSchema,
+    derivation: &HistoryProjection,
+    change: &Change,
+    (row, operation): (&StateRow, &'static str),
+    end: Option<Micros>,
+) -> Row {
     let mut values = change.key.to_vec();
-    values.extend(pick(&after.row, &tracked(schema)).iter().cloned());
+    values.extend(pick(&row.row, &tracked(schema, derivation)).iter().cloned());
     values.extend([
         Value::Time(change.boundary),
         end.map_or(Value::Null, Value::Time),
         Value::Boolean(end.is_none()),
-        change.operation.into(),
+        operation.into(),
         Value::Time(change.commit_time),
         Value::Binary(change.lsn.as_slice().to_vec()),
     ]);

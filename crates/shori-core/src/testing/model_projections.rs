@@ -8,8 +8,8 @@ use arrow::datatypes::SchemaRef;
 use super::memory_query::{KPI, ORDERS_WITH_SEGMENT, SUM_BY_GROUP};
 use crate::position::CaptureId;
 use crate::projection::{
-    Derivation, Entity, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection, Target,
-    TargetShape,
+    Deletes, Derivation, Entity, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection,
+    Target, TargetShape, Tracked,
 };
 use crate::schema::TableSchema;
 
@@ -84,8 +84,24 @@ pub fn latest(table: &str) -> Projection {
 
 /// `key` names the key columns in the history.
 pub fn history(table: &str, key: &[&str]) -> Projection {
-    let derivation = HistoryProjection { table: table.into(), key: names(key) };
+    let derivation = HistoryProjection {
+        table: table.into(),
+        key: names(key),
+        tracked: Tracked::default(),
+        deletes: Deletes::default(),
+    };
     Projection { name: format!("{table}_history").into(), derivation: Derivation::History(derivation) }
+}
+
+/// A history that leaves out one column, and says what was deleted.
+pub fn payments_history() -> Projection {
+    let derivation = HistoryProjection {
+        table: "payments".into(),
+        key: names(&["order_key", "part"]),
+        tracked: Tracked::AllBut(names(&["paid_at"])),
+        deletes: Deletes::Tombstone,
+    };
+    Projection { name: "payments_history".into(), derivation: Derivation::History(derivation) }
 }
 
 /// One of each kind over the tables of [`model_tables`](super::transactions::model_tables), an idle table's too.
@@ -99,7 +115,7 @@ pub fn model_projections() -> Vec<Projection> {
         latest("notes"),
         latest("payments"),
         history("orders", &["order_key"]),
-        history("payments", &["order_key", "part"]),
+        payments_history(),
     ]
 }
 

@@ -14,7 +14,7 @@ use super::memory_target::TargetTable;
 use super::value::{Row, Value, pick};
 use crate::change::Op;
 use crate::position::{CaptureId, Lsn, Micros, Position};
-use crate::projection::{Derivation, Projection, history};
+use crate::projection::{Deletes, Derivation, HistoryProjection, Projection, Tracked, history};
 use crate::schema::TableSchema;
 use crate::source::{SnapshotProgress, SnapshotState};
 
@@ -49,6 +49,7 @@ enum Event {
 struct Told {
     rows: BTreeMap<Row, (Row, Lsn)>,
     touched: BTreeMap<Row, Position>,
+    /// A deletion among them is one whose row is that which stood before it.
     versions: BTreeMap<Row, Vec<Version>>,
     boundaries: BTreeMap<Row, Micros>,
 }
@@ -172,9 +173,10 @@ pub fn check_target(database: &MemoryDatabase, storage: &MemoryStorage, projecti
         let schema = database.schema(&table);
         match &projection.derivation {
             Derivation::Latest { .. } => expected.extend(told.rows.values().map(|(row, lsn)| with_lsn(row, lsn))),
-            Derivation::History(_) => {
-                expected.extend(version_rows(&schema, &told));
-                live.extend(told.rows.values().map(|(row, _)| row.clone()));
+            Derivation::History(of) => {
+                expected.extend(version_rows(&schema, of, &told));
+                let columns: Vec<usize> = schema.key.iter().copied().chain(tracked(&schema, of)).collect();
+                live.extend(told.rows.values().map(|(row, _)| pick(row, &columns)));
             }
             Derivation::Sql(_) => {}
         }
@@ -209,7 +211,9 @@ fn check_open(projection: &Projection, target: &TargetTable, live: Vec<Row>) -> 
     let to = target.target.columns.index_of(history::VALID_TO).unwrap();
     let own = target.target.columns.fields().iter().position(|field| field.name() == history::VALID_FROM);
     let values: Vec<usize> = (0..own.unwrap()).collect();
-    let open = target.rows().iter().filter(|row| row[to].is_null()).map(|row| pick(row, &values)).collect();
+    let operation = target.target.columns.index_of(history::CDC_OPERATION).unwrap();
+    let is_live = |row: &&Row| row[to].is_null() && row[operation] != Value::from(history::DELETE);
+    let open = target.rows().iter().filter(is_live).map(|row| pick(row, &values)).collect();
     compare(projection, open, live, "its open versions")
 }
 
@@ -330,17 +334,19 @@ impl Told {
             }
             let last = self.boundaries.get(&key).map_or(step.commit_time, |last| step.commit_time.max(last + 1));
             self.boundaries.insert(key.clone(), last);
-            let versions = self.versions.entry(key).or_default();
-            if let Some(open) = versions.last_mut().filter(|_| had) {
+            let versions = self.versions.entry(key.clone()).or_default();
+            if let Some(open) = versions.last_mut() {
                 open.valid_to = Some(last);
             }
-            if let Some((row, lsn)) = has {
-                let operation = match &step.event {
-                    Event::Put { snapshot: true, .. } => "SNAPSHOT",
-                    _ if had => "UPDATE",
-                    _ => "INSERT",
-                };
-                let commit_time = step.commit_time;
+            let operation = match &step.event {
+                _ if has.is_none() => history::DELETE,
+                Event::Put { snapshot: true, .. } => "SNAPSHOT",
+                _ if had => "UPDATE",
+                _ => "INSERT",
+            };
+            let commit_time = step.commit_time;
+            let gone = || before.get(&key).map(|(row, _)| (row.clone(), step.position.lsn));
+            if let Some((row, lsn)) = has.or_else(gone) {
                 versions.push(Version { row, valid_from: last, valid_to: None, operation, commit_time, lsn });
             }
         }
@@ -371,10 +377,10 @@ fn with_lsn(row: &Row, lsn: &Lsn) -> Row {
 }
 
 /// Versions in the columns of a history: key, tracked columns, then what the engine fills.
-fn version_rows(schema: &TableSchema, told: &Told) -> Vec<Row> {
-    let tracked: Vec<usize> = (0..schema.columns.fields().len()).filter(|index| !schema.key.contains(index)).collect();
+fn version_rows(schema: &TableSchema, of: &HistoryProjection, told: &Told) -> Vec<Row> {
+    let tracked = tracked(schema, of);
     let mut rows = Vec::new();
-    for version in told.versions.values().flatten() {
+    for version in told.versions.values().flat_map(|versions| made(of, &tracked, versions)) {
         let mut values = pick(&version.row, &schema.key).to_vec();
         values.extend(pick(&version.row, &tracked).iter().cloned());
         values.extend([
@@ -388,4 +394,29 @@ fn version_rows(schema: &TableSchema, told: &Told) -> Vec<Row> {
         rows.push(values.into());
     }
     rows
+}
+
+fn tracked(schema: &TableSchema, of: &HistoryProjection) -> Vec<usize> {
+    let fields = schema.columns.fields().iter().enumerate();
+    let wanted = fields.filter(|(index, field)| !schema.key.contains(index) && of.tracks(field.name()));
+    wanted.map(|(index, _)| index).collect()
+}
+
+/// What a history makes of all versions of a key.
+fn made(of: &HistoryProjection, tracked: &[usize], versions: &[Version]) -> Vec<Version> {
+    let mut made: Vec<Version> = Vec::new();
+    for version in versions {
+        let goes_on = |stands: &Version| {
+            of.tracked != Tracked::All
+                && [stands, version].iter().all(|version| version.operation != history::DELETE)
+                && stands.valid_to == Some(version.valid_from)
+                && pick(&stands.row, tracked) == pick(&version.row, tracked)
+        };
+        match made.last_mut() {
+            Some(stands) if goes_on(stands) => stands.valid_to = version.valid_to,
+            _ => made.push(version.clone()),
+        }
+    }
+    made.retain(|version| version.operation != history::DELETE || of.deletes == Deletes::Tombstone);
+    made
 }

@@ -194,7 +194,7 @@ impl Versions {
     }
 
     /// Ends open versions that did not come: the target stood behind the log's horizon, and what ended them is not in the
-    /// log any more.
+    /// log any more. A tombstone ends when something follows it.
     fn end_older(&self, session: &Session, step: &Step, same: &str) -> Result<u64> {
         let object = &step.target.projection;
         let table = quote_name(object);
@@ -206,12 +206,14 @@ impl Versions {
         if session.number(&format!("select count(*) from temp.{CLOSED}"), CLOSED)? == 0 {
             return session.batch(&format!("drop table temp.{CLOSED}"), CLOSED).map(|()| 0);
         }
+        let tombstone = history::DELETE;
         let end = format!(
             "update {table} set valid_to = e.valid_to, is_current = false, updated_at = $1 \
              from (select o.rowid as shori_row, coalesce(min(n.valid_from), \
                  greatest($2::timestamp, any_value(o.valid_from) + interval 1 microsecond)) as valid_to \
                  from {table} o left join {table} n on {} and n.valid_from > o.valid_from \
-                 where o.rowid in (select shori_row from temp.{CLOSED}) group by o.rowid) as e \
+                 where o.rowid in (select shori_row from temp.{CLOSED}) group by o.rowid \
+                 having any_value(o.cdc_operation) <> '{tombstone}' or count(n.valid_from) > 0) as e \
              where {table}.rowid = e.shori_row",
             target::same_key(&step.target, "o", "n")
         );

@@ -2,7 +2,7 @@
 //!
 //! What a query gives is laid out in the work catalog, so that it stays as it is while state goes on: `out_<n>_rows`, and
 //! `out_<n>_keys` for keys that lose their row. Current rows and versions come straight from the state file: see
-//! [`direct`](super::direct).
+//! [`direct`](super::direct) and [`history`](super::history).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
 use super::file::{self, StateFile};
 use super::hands::{Hands, Second};
+use super::history;
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
 use super::query::{self, Shape};
@@ -119,8 +120,11 @@ impl Computation<'_> {
     fn outcome(&self, shape: Option<&Shape>, working: &mut Working) -> Result<Outcome> {
         let tables = self.layout.tables_of(self.projection)?;
         let applied = steps::applied(self.connection, self.layout)?;
-        let need =
-            if matches!(self.projection.derivation, Derivation::History(_)) { Need::Versions } else { Need::Nets };
+        let need = match &self.projection.derivation {
+            Derivation::History(of) if self.since.is_some() && history::needs_before(of) => Need::Both,
+            Derivation::History(_) => Need::Versions,
+            _ => Need::Nets,
+        };
         let ranges = match steps::standing(self.connection, &tables, &applied, self.since, need)? {
             Standing::Level => return Ok(Outcome::UpToDate),
             Standing::Behind => return Ok(Outcome::Behind),
@@ -136,7 +140,7 @@ impl Computation<'_> {
                 let (of, is_whole) = (of.clone(), self.since.is_none());
                 let kind = if is_whole { OutputKind::ReplaceVersions } else { OutputKind::Versions };
                 let view = self.file.view()?;
-                let read = move |give: Give<'_>| direct::history(&view, &table, &of, &ranges, is_whole, give);
+                let read = move |give: Give<'_>| history::output(&view, &table, &of, &ranges, is_whole, give);
                 stream(self.database, kind, read)?
             }
             (Derivation::Latest { .. }, Some(ranges), Some(table)) if self.since.is_some() => {

@@ -1,14 +1,12 @@
-//! Outputs that come straight from the state file: current rows, and versions.
+//! Current rows, straight from the state file.
 
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::Schema;
 use rusqlite::Connection;
 use shori_core::Result;
-use shori_core::change::Op;
-use shori_core::projection::{HistoryProjection, history};
 use shori_core::store::OutputRows;
 use std::sync::Arc;
 
-use super::cells::{Cell, Cells, shortened};
+use super::cells::{Cell, Cells};
 use super::kept;
 use super::query;
 use super::reader::{PartKind, Sink};
@@ -16,9 +14,9 @@ use super::rows::scan;
 use super::steps::Ranges;
 use super::tables::Table;
 
-type Give<'g> = &'g mut dyn FnMut(OutputRows) -> Result<()>;
+pub(super) type Give<'g> = &'g mut dyn FnMut(OutputRows) -> Result<()>;
 
-fn cells_of<'r>(table: &Table, row: &'r [u8]) -> Result<Vec<Cell<'r>>> {
+pub(super) fn cells_of<'r>(table: &Table, row: &'r [u8]) -> Result<Vec<Cell<'r>>> {
     let mut cells = Vec::with_capacity(table.columns.len() + 1);
     Cells(row).collect(table.columns.len(), &mut cells)?;
     Ok(cells)
@@ -55,60 +53,4 @@ pub(super) fn whole_table(view: &Connection, table: &Table, give: Give<'_>) -> R
         sink.push(cells.into_iter().chain([Some(head.lsn.as_slice())]))
     })?;
     sink.finish()
-}
-
-/// Ends of versions that stood open, then the versions since; without ends where `is_whole`.
-pub(super) fn history(
-    view: &Connection,
-    table: &Table,
-    of: &HistoryProjection,
-    ranges: &Ranges,
-    is_whole: bool,
-    give: Give<'_>,
-) -> Result<()> {
-    let columns = query::history_columns(table, &of.key);
-    if !is_whole {
-        let mut sink = Sink::new(PartKind::Close, &closed_columns(&columns, of), give)?;
-        kept::versions(view, table, ranges, |version| {
-            if !(version.is_first && version.existed) {
-                return Ok(());
-            }
-            let cells = cells_of(table, &version.row.cells)?;
-            let mut buffer = [0; 16];
-            let end = shortened(version.boundary.into(), &mut buffer);
-            sink.push(table.key.iter().map(|&index| cells[index]).chain([Some(end)]))
-        })?;
-        sink.finish()?;
-    }
-    let order: Vec<usize> = table.key.iter().copied().chain(query::tracked(table)).collect();
-    let mut sink = Sink::new(PartKind::Version, &columns, give)?;
-    kept::versions(view, table, ranges, |version| {
-        if !version.op.leaves_row() {
-            return Ok(());
-        }
-        let cells = cells_of(table, &version.row.cells)?;
-        let operation: &[u8] = match version.op {
-            Op::Snapshot => b"SNAPSHOT",
-            _ if version.existed => b"UPDATE",
-            _ => b"INSERT",
-        };
-        let mut buffers = [[0; 16]; 3];
-        let [from, to, at] = &mut buffers;
-        let own = [
-            Some(shortened(version.boundary.into(), from)),
-            version.end.map(|end| shortened(end.into(), to)),
-            Some(if version.end.is_none() { &[1] } else { &[0] }),
-            Some(operation),
-            Some(shortened(version.row.head.time.into(), at)),
-            Some(version.row.head.lsn.as_slice()),
-        ];
-        sink.push(order.iter().map(|&index| cells[index]).chain(own))
-    })?;
-    sink.finish()
-}
-
-fn closed_columns(columns: &SchemaRef, of: &HistoryProjection) -> SchemaRef {
-    let mut fields: Vec<_> = columns.fields()[..of.key.len()].to_vec();
-    fields.extend(columns.fields().iter().filter(|field| field.name() == history::VALID_TO).cloned());
-    Arc::new(Schema::new(fields))
 }

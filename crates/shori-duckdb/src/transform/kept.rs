@@ -70,10 +70,10 @@ pub(super) struct KeptVersion {
     pub existed: bool,
     pub boundary: Micros,
     pub row: Row,
-    /// Where the next one of the key begins.
-    pub end: Option<Micros>,
     /// It is the key's first one since the checkpoint.
     pub is_first: bool,
+    /// Of the first one: the row at the checkpoint, where that is asked for.
+    pub before: Option<Row>,
 }
 
 /// Gives `take` every version since the checkpoint, key by key, each in its order.
@@ -81,16 +81,15 @@ pub(super) fn versions(
     connection: &Connection,
     table: &Table,
     ranges: &Ranges,
-    mut take: impl FnMut(&KeptVersion) -> Result<()>,
+    with_before: bool,
+    mut take: impl FnMut(KeptVersion) -> Result<()>,
 ) -> Result<()> {
     let reading = |cause| failure("read", cause);
-    let sql = format!(
-        "select id, capture, k, boundary, op, existed, v from version_{} where id >= ? order by k, id",
-        table.number
-    );
-    let mut statement = connection.prepare_cached(&sql).map_err(reading)?;
-    let mut rows = statement.query([ranges.lowest(table) << STEP_SHIFT]).map_err(reading)?;
+    let mut statement = connection.prepare_cached(&versions_query(table, with_before)).map_err(reading)?;
+    let lowest = ranges.lowest(table) << STEP_SHIFT;
+    let mut rows = statement.query(rusqlite::named_params! { ":lowest": lowest }).map_err(reading)?;
     let mut last: Option<(Key, i64, KeptVersion)> = None;
+    let mut found: Option<(Key, Option<Row>)> = None;
     while let Some(row) = rows.next().map_err(reading)? {
         let (id, capture): (i64, CaptureNumber) = (row.get(0).map_err(reading)?, row.get(1).map_err(reading)?);
         let step = id >> STEP_SHIFT;
@@ -98,38 +97,59 @@ pub(super) fn versions(
             continue;
         }
         let key: Key = row.get(2).map_err(reading)?;
+        let Some(op) = row.get(4).map_err(reading)? else {
+            // Of several, the first tells what stood.
+            if found.as_ref().is_none_or(|(of, _)| *of != key) {
+                found = Some((key, optional(row, 6)?));
+            }
+            continue;
+        };
         let mut version = KeptVersion {
-            op: Op::from_u8(row.get(4).map_err(reading)?)?,
+            op: Op::from_u8(op)?,
             existed: row.get(5).map_err(reading)?,
             boundary: row.get(3).map_err(reading)?,
             row: Row::read(blob(row, 6)?)?,
-            end: None,
             is_first: true,
+            before: None,
         };
         match last.take() {
             Some((of, at, before)) if of == key && at == step && before.row.head.lsn == version.row.head.lsn => {
-                (version.existed, version.is_first) = (before.existed, before.is_first);
+                (version.existed, version.is_first, version.before) = (before.existed, before.is_first, before.before);
             }
-            Some((of, _, mut before)) if of == key => {
-                before.end = Some(version.boundary);
-                version.is_first = !give_version(&before, &mut take)? && before.is_first;
+            Some((of, _, before)) if of == key => {
+                version.is_first = before.is_first && !counts(&before);
+                give_version(before, &mut take)?;
             }
-            Some((_, _, before)) => drop(give_version(&before, &mut take)?),
-            None => {}
+            last => {
+                if let Some((_, _, before)) = last {
+                    give_version(before, &mut take)?;
+                }
+                version.before = found.take().filter(|(of, _)| *of == key).and_then(|(_, row)| row);
+            }
         }
         last = Some((key, step, version));
     }
-    if let Some((_, _, version)) = &last {
-        give_version(version, &mut take)?;
-    }
-    Ok(())
+    last.map_or(Ok(()), |(_, _, version)| give_version(version, &mut take))
 }
 
-/// Parts of one commit may come to nothing: it found no row and left none. Returns whether it is a version.
-fn give_version(version: &KeptVersion, take: &mut impl FnMut(&KeptVersion) -> Result<()>) -> Result<bool> {
-    let counts = version.existed || version.op.leaves_row();
-    if counts {
-        take(version)?;
+/// In key order, the rows before each key's versions.
+fn versions_query(table: &Table, with_before: bool) -> String {
+    let number = table.number;
+    let versions =
+        format!("select id, capture, k, boundary, op, existed, v, 1 as part from version_{number} where id >= :lowest");
+    if !with_before {
+        return format!("{versions} order by k, id");
     }
-    Ok(counts)
+    let before =
+        format!("select id, capture, k, null, null, null, before, 0 as part from net_{number} where id >= :lowest");
+    format!("{before} union all {versions} order by k, part, id")
+}
+
+/// Parts of one commit may come to nothing: it found no row and left none.
+fn counts(version: &KeptVersion) -> bool {
+    version.existed || version.op.leaves_row()
+}
+
+fn give_version(version: KeptVersion, take: &mut impl FnMut(KeptVersion) -> Result<()>) -> Result<()> {
+    if counts(&version) { take(version) } else { Ok(()) }
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
-use shori_core::projection::{Derivation, EntityPath, Maintenance, Measures, Projection, SqlProjection, history};
+use shori_core::projection::{
+    Derivation, EntityPath, HistoryProjection, Maintenance, Measures, Projection, SqlProjection, history,
+};
 use shori_core::schema::is_carried;
 use shori_core::{Error, ErrorKind, Result, projection};
 
@@ -137,8 +139,8 @@ pub(super) fn output_columns(session: &Session, layout: &Layout, projection: &Pr
         Derivation::Latest { table } => latest_columns(layout.table(table)?),
         Derivation::History(of) => {
             let table = layout.table(&of.table)?;
-            check_history_key(&projection.name, table, &of.key)?;
-            history_columns(table, &of.key)
+            check_history(&projection.name, table, of)?;
+            history_columns(table, of)
         }
     };
     let names: Vec<String> = columns.fields().iter().map(|field| field.name().to_lowercase()).collect();
@@ -152,14 +154,26 @@ pub(super) fn output_columns(session: &Session, layout: &Layout, projection: &Pr
     }
 }
 
-fn check_history_key(projection: &str, table: &Table, key: &[String]) -> Result<()> {
-    if key.len() == table.key.len() {
-        return Ok(());
-    }
+fn check_history(projection: &str, table: &Table, of: &HistoryProjection) -> Result<()> {
     let own: Vec<&str> = table.key.iter().map(|&index| table.columns[index].name().as_str()).collect();
-    let cause = format!("its key names {} columns, and the table's key is ({})", key.len(), own.join(", "));
-    let remedy = "give a name for each column of the table's key, in its order, or leave key out";
-    Err(refused(projection, cause).with_remedy(remedy))
+    if of.key.len() != table.key.len() {
+        let cause = format!("its key names {} columns, and the table's key is ({})", of.key.len(), own.join(", "));
+        let remedy = "give a name for each column of the table's key, in its order, or leave key out";
+        return Err(refused(projection, cause).with_remedy(remedy));
+    }
+    let is_own = |name: &str| !own.contains(&name) && table.columns.iter().any(|column| column.name() == name);
+    match of.unknown_columns(is_own).first() {
+        None => Ok(()),
+        Some(name) if own.contains(name) => {
+            Err(refused(projection, format!("column {name} is of the key, which every version has")))
+        }
+        Some(name) => {
+            let cause = format!("it names column {name}, which table {} does not have", table.name);
+            let known: Vec<&str> =
+                table.columns.iter().map(|column| column.name().as_str()).filter(|name| is_own(name)).collect();
+            Err(refused(projection, cause).with_remedy(format!("its columns are {}", known.join(", "))))
+        }
+    }
 }
 
 fn refused(projection: &str, cause: String) -> Error {
@@ -179,14 +193,15 @@ fn carried(table: &Table, index: usize) -> FieldRef {
 }
 
 /// Indexes of a history's tracked columns.
-pub(super) fn tracked(table: &Table) -> Vec<usize> {
-    (0..table.columns.len()).filter(|index| !table.key.contains(index)).collect()
+pub(super) fn tracked(table: &Table, of: &HistoryProjection) -> Vec<usize> {
+    let is_tracked = |index: &usize| !table.key.contains(index) && of.tracks(table.columns[*index].name());
+    (0..table.columns.len()).filter(is_tracked).collect()
 }
 
-pub(super) fn history_columns(table: &Table, key: &[String]) -> SchemaRef {
+pub(super) fn history_columns(table: &Table, of: &HistoryProjection) -> SchemaRef {
     let renamed = |(&index, name): (&usize, &String)| table.columns[index].as_ref().clone().with_name(name);
-    let mut fields: Vec<Field> = table.key.iter().zip(key).map(renamed).collect();
-    fields.extend(tracked(table).into_iter().map(|index| {
+    let mut fields: Vec<Field> = table.key.iter().zip(&of.key).map(renamed).collect();
+    fields.extend(tracked(table, of).into_iter().map(|index| {
         let field = carried(table, index);
         let name = history::published_name(field.name());
         field.as_ref().clone().with_name(name)

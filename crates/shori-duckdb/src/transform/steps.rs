@@ -91,6 +91,7 @@ impl Ranges {
 pub(super) enum Need {
     Nets,
     Versions,
+    Both,
 }
 
 /// Where state is, seen from a checkpoint.
@@ -125,6 +126,7 @@ pub(super) fn standing(
     let column = match need {
         Need::Nets => "nets_kept",
         Need::Versions => "versions_kept",
+        Need::Both => "nets_kept and versions_kept",
     };
     let steps = rows(connection, &format!("select capture, step, lsn, seq, {column} from steps"), &[], |row| {
         Ok((

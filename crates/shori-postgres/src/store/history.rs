@@ -143,7 +143,7 @@ async fn bring_in(link: &Link, step: &Step<'_>) -> Result<u64> {
 }
 
 /// Ends open versions that did not come: the target stood behind the log's horizon, and what ended them is not in the log
-/// any more. Their key's next version may be one that came.
+/// any more. Their key's next version may be one that came; a tombstone ends only where there is one.
 async fn end_older(link: &Link, step: &Step<'_>, same: &str, written_at: Time) -> Result<u64> {
     let (table, object) = (quoted(step.table()), step.table());
     let find = format!(
@@ -166,11 +166,13 @@ async fn end_older(link: &Link, step: &Step<'_>, same: &str, written_at: Time) -
                  union all \
                  select {}, l.valid_from from {VERSIONS} as l where not exists (select 1 from {table} as t where {same}) \
              ) as n on {} and n.valid_from > o.valid_from \
-             group by o.surrogate_key, o.valid_from) as e \
+             group by o.surrogate_key, o.valid_from, o.cdc_operation \
+             having o.cdc_operation <> '{}' or count(n.valid_from) > 0) as e \
          where t.surrogate_key = e.surrogate_key",
         of("t"),
         of("l"),
         same_key(step.target, "n", "o", Nulls::Match),
+        history::DELETE,
     );
     link.execute_of(&end, &[&written_at, &Time(step.as_of_time)], object).await
 }

@@ -13,7 +13,7 @@ use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
-use crate::config::{Loaded, ProjectionConfig, ProjectionKind, SourceConfig, StoreKind};
+use crate::config::{DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, StoreKind};
 use crate::systems::System;
 use crate::verify::{
     self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
@@ -282,10 +282,18 @@ fn projection_input(loaded: &Loaded, configured: &ProjectionConfig, tables: &[Ta
         ProjectionKind::Latest => DerivationInput::Latest { table: table()? },
         ProjectionKind::History => {
             let table = table()?;
-            let of_table =
-                || tables.iter().find(|one| one.name == table).map(|one| one.key.clone()).unwrap_or_default();
-            let key = if configured.key.is_empty() { of_table() } else { configured.key.clone() };
-            DerivationInput::History { table, key }
+            let of_table = tables.iter().find(|one| one.name == table);
+            let own_key = of_table.map(|one| one.key.clone()).unwrap_or_default();
+            let columns = of_table.iter().flat_map(|one| &one.columns).map(|column| column.name.clone());
+            let is_left_out = |name: &String| match (&configured.tracked, &configured.untracked) {
+                (Some(tracked), _) => !own_key.contains(name) && !tracked.contains(name),
+                (None, Some(untracked)) => untracked.contains(name),
+                (None, None) => false,
+            };
+            let left_out = columns.filter(is_left_out).collect();
+            let key = if configured.key.is_empty() { own_key } else { configured.key.clone() };
+            let tombstones = configured.deletes == Some(DeletesConfig::Tombstone);
+            DerivationInput::History { table, key, left_out, tombstones }
         }
     };
     let store = reach::target(loaded, configured)?.to_string();

@@ -31,30 +31,54 @@ const OTHERS: [&str; 5] =
 /// Whether a version ended without another that continues it.
 const ENDED: &str = "__own_valid_to is not null and __own_valid_to is distinct from next_from";
 
+/// A history, as it is configured.
+pub(super) struct Of<'a> {
+    pub table: &'a TableInput,
+    /// Names of its key columns.
+    pub key: &'a [String],
+    pub left_out: &'a [String],
+    pub tombstones: bool,
+}
+
+impl Of<'_> {
+    /// Columns beside the key.
+    fn tracked(&self) -> impl Iterator<Item = &String> {
+        let columns = self.table.columns.iter().map(|column| &column.name);
+        columns.filter(|name| !self.table.key.contains(name) && !self.left_out.contains(name))
+    }
+
+    /// The condition for a version to be a row that lives.
+    fn lives(&self) -> String {
+        match self.tombstones {
+            true => format!("{IS_CURRENT} and {CDC_OPERATION} <> '{}'", history::DELETE),
+            false => IS_CURRENT.into(),
+        }
+    }
+}
+
 pub(super) fn check(
     scratch: &Scratch,
     schema: &str,
-    table: &TableInput,
-    key: &[String],
+    of: &Of<'_>,
     source: &mut Source,
     report: &mut ProjectionReport,
 ) -> Result<()> {
     let found = format!("found.{}", quote_name(&report.projection));
-    let live = format!("{schema}.{}", quote_name(&table.name));
+    let live = format!("{schema}.{}", quote_name(&of.table.name));
     report.rows_expected = scratch.number(&format!("select count(*) from {live}"))?;
     report.rows_found = scratch.number(&format!("select count(*) from {found}"))?;
-    own_names_aside(scratch, table, key, &found, &report.projection)?;
-    if !has_columns(scratch, table, key, report)? {
+    own_names_aside(scratch, of.table, of.key, &found, &report.projection)?;
+    if !has_columns(scratch, of, report)? {
         return Ok(());
     }
-    let mut queries = current_rows(table, key, &found, &live);
+    let mut queries = current_rows(of, &found, &live);
     let versions = format!("expected.{}", quote_name(&report.projection));
-    scratch.execute(&chain(&versions, key, &found))?;
-    queries.extend(chain_rules(&versions, key));
+    scratch.execute(&chain(&versions, of.key, &found))?;
+    queries.extend(chain_rules(&versions, of.key));
     for (kind, query) in queries {
         report.findings.extend(scratch.finding(kind, &query)?);
     }
-    count(scratch, &versions, &table.name, source, report)
+    count(scratch, &versions, of, source, report)
 }
 
 /// A source's column with the name of one of the store's own is published under another name; here it takes its own
@@ -86,12 +110,11 @@ fn own_names_aside(scratch: &Scratch, table: &TableInput, key: &[String], found:
     Ok(())
 }
 
-fn has_columns(scratch: &Scratch, table: &TableInput, key: &[String], report: &mut ProjectionReport) -> Result<bool> {
+fn has_columns(scratch: &Scratch, of: &Of<'_>, report: &mut ProjectionReport) -> Result<bool> {
     let found = scratch.columns("found", &report.projection)?;
-    let tracked = table.columns.iter().map(|column| &column.name).filter(|name| !table.key.contains(name));
     let same = |name: &String| (name.clone(), name.clone());
     let own = OWN.map(|(name, aside)| (name.to_string(), aside.to_string()));
-    let wanted = key.iter().chain(tracked).map(same).chain(own);
+    let wanted = of.key.iter().chain(of.tracked()).map(same).chain(own);
     let missing: Vec<_> = wanted
         .filter(|(_, here)| found.iter().all(|(found, _)| found != here))
         .map(|(name, _)| format!("{name} is missing"))
@@ -104,12 +127,13 @@ fn has_columns(scratch: &Scratch, table: &TableInput, key: &[String], report: &m
 }
 
 /// The open versions against the rows that live.
-fn current_rows(table: &TableInput, key: &[String], found: &str, live: &str) -> Vec<(FindingKind, String)> {
+fn current_rows(of: &Of<'_>, found: &str, live: &str) -> Vec<(FindingKind, String)> {
+    let Of { table, key, .. } = *of;
     let pairs = || table.key.iter().zip(key).map(|(of_table, of_history)| (of_table.as_str(), of_history.as_str()));
     let same_key = same(pairs(), "e", "f");
     let key_list = key.iter().map(|part| quote_name(part)).collect::<Vec<_>>().join(", ");
     let (label_e, label_f) = (label(&table.key, "e"), label(key, "f"));
-    let current = format!("(select * from {found} where {IS_CURRENT})");
+    let current = format!("(select * from {found} where {})", of.lives());
     let mut queries = vec![
         (FindingKind::Missing, format!("select {label_e} from {live} e anti join {current} f on {same_key}")),
         (FindingKind::Extra, format!("select {label_f} from {current} f anti join {live} e on {same_key}")),
@@ -120,10 +144,9 @@ fn current_rows(table: &TableInput, key: &[String], found: &str, live: &str) -> 
             ),
         ),
     ];
-    let tracked = table.columns.iter().filter(|column| !table.key.contains(&column.name));
     // A source's column of this name is compared as any other, not as the engine's; DuckDB knows it in any case.
     let plain = |name: &str| if name == history::SOURCE_LSN { name.to_uppercase() } else { name.to_string() };
-    let differences: Vec<_> = tracked.map(|column| difference(&plain(&column.name), 0)).collect();
+    let differences: Vec<_> = of.tracked().map(|name| difference(&plain(name), 0)).collect();
     if !differences.is_empty() {
         let conditions = differences.iter().map(|one| one.condition.as_str()).collect::<Vec<_>>().join(" or ");
         let texts = differences.iter().map(|one| one.text.as_str()).collect::<Vec<_>>().join(", ");
@@ -196,7 +219,7 @@ fn chain_rules(versions: &str, key: &[String]) -> Vec<(FindingKind, String)> {
 fn count(
     scratch: &Scratch,
     versions: &str,
-    table: &str,
+    of: &Of<'_>,
     source: &mut Source,
     report: &mut ProjectionReport,
 ) -> Result<()> {
@@ -204,6 +227,9 @@ fn count(
         report.notes.push(format!("the number of versions is not compared: {reason}"));
         Ok(())
     };
+    if !of.left_out.is_empty() {
+        return skip(report, "commits that change none of its columns make none");
+    }
     // Where the first snapshot came after changes, the log may have begun after them.
     let of_snapshot = format!("from {versions} where {CDC_OPERATION} = 'SNAPSHOT'");
     let later =
@@ -211,13 +237,15 @@ fn count(
     if later > 0 {
         return skip(report, "rows were found by a snapshot after changes had begun");
     }
-    let images = match source.images(table, report.as_of_change)? {
+    let images = match source.images(&of.table.name, report.as_of_change)? {
         Ok(images) => images,
         Err(reason) => return skip(report, &reason),
     };
     let of_snapshot = scratch.number(&format!("select count(*) {of_snapshot}"))?;
-    let opened = report.rows_found - of_snapshot;
-    let ended = scratch.number(&format!("select count(*) from {versions} where {ENDED}"))?;
+    let tombstones =
+        scratch.number(&format!("select count(*) from {versions} where {CDC_OPERATION} = '{}'", history::DELETE))?;
+    let opened = report.rows_found - of_snapshot - tombstones;
+    let ended = tombstones + scratch.number(&format!("select count(*) from {versions} where {ENDED}"))?;
     let mut compare = |kind: FindingKind, what: &str, found: u64, least: u64, most: u64| {
         if !(least..=most).contains(&found) {
             let off = if found < least { least - found } else { found - most };

@@ -105,6 +105,10 @@ pub enum DerivationInput {
         table: String,
         /// Names of the key columns in the history, in the table's key order; empty where they are the table's.
         key: Vec<String>,
+        /// Columns of the table that the history does not have: what changes them alone makes no version.
+        left_out: Vec<String>,
+        /// A deletion is a version, too.
+        tombstones: bool,
     },
 }
 
@@ -248,10 +252,11 @@ fn compare(
             compare::sql(scratch, &schema, file, text, key, hidden, report)
         }
         DerivationInput::Latest { table } => compare::latest(scratch, &schema, input.table(table)?, report),
-        DerivationInput::History { table, key } => {
+        DerivationInput::History { table, key, left_out, tombstones } => {
             let table = input.table(table)?;
             let key = if key.is_empty() { &table.key } else { key };
-            history::check(scratch, &schema, table, key, source, report)
+            let of = history::Of { table, key, left_out, tombstones: *tombstones };
+            history::check(scratch, &schema, &of, source, report)
         }
     }
 }

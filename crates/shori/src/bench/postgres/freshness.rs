@@ -49,10 +49,8 @@ pub(super) fn measure(place: &Place) -> Result<Measured> {
     let written = cli::block_on(async {
         let running = tokio::spawn(prepared.run());
         handle.ready().await?;
-        // Read by the process that is started, and by nothing else here.
-        let writers = tokio::task::spawn_blocking(move || {
-            task::run_with(&writing, "postgres", WRITE, &[(PORT, source.port().to_string())])
-        });
+        let environment = [(PORT, source.port().to_string())];
+        let writers = tokio::task::spawn_blocking(move || task::run_with(&writing, "postgres", WRITE, &environment));
         tokio::time::sleep(seconds(place, WARM_UP_SECONDS)).await;
         watch.begin();
         let written = writers.await.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "writing", cause))??;

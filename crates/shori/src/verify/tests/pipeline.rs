@@ -305,7 +305,12 @@ impl Pipeline {
                 ProjectionInput {
                     name: "dim_orders_history".into(),
                     store: String::new(),
-                    derivation: DerivationInput::History { table: "orders".into(), key: vec!["order_key".into()] },
+                    derivation: DerivationInput::History {
+                        table: "orders".into(),
+                        key: vec!["order_key".into()],
+                        left_out: Vec::new(),
+                        tombstones: false,
+                    },
                 },
             ],
             scratch_directory: None,
