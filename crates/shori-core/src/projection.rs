@@ -226,6 +226,18 @@ pub mod history {
     pub const CREATED_AT: &str = "created_at";
     pub const UPDATED_AT: &str = "updated_at";
 
+    /// Name of a function beside the history that gives its rows as they were at a time.
+    pub fn as_of_function(projection: &str) -> String {
+        format!("{projection}_as_of")
+    }
+
+    /// The condition for a version to have been a row at `time`, an expression.
+    pub fn as_of_condition(time: &str) -> String {
+        format!(
+            "{VALID_FROM} <= {time} and ({VALID_TO} is null or {VALID_TO} > {time}) and {CDC_OPERATION} <> '{DELETE}'"
+        )
+    }
+
     /// The name under which a history has the table's column `name`: those of its own columns are taken, in any case.
     pub fn published_name(name: &str) -> String {
         let own = [

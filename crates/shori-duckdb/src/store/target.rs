@@ -149,8 +149,23 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
     while session.transaction(table, |session| prepare_once(session, target))? == Prepared::Layered {
         layers::flatten_alone(session, target)?;
     }
+    if target.shape == TargetShape::Versions {
+        create_as_of(session, table)?;
+    }
     session.known_targets().forget(session.catalog(), table);
     Ok(())
+}
+
+/// The function by which people ask for a history's rows at a time.
+fn create_as_of(session: &Session, table: &str) -> Result<()> {
+    const TIME: &str = "__shori_as_of";
+    let create = format!(
+        "create macro if not exists {}({TIME}) as table select * from {} where {}",
+        quote_name(&history::as_of_function(table)),
+        quote_name(table),
+        history::as_of_condition(TIME)
+    );
+    session.batch(&create, table)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,14 +4,14 @@
 //! first (contract 6).
 
 use shori_core::position::{CaptureId, Lsn, Micros, Positions};
-use shori_core::projection::{Target, TargetShape};
+use shori_core::projection::{Target, TargetShape, history};
 use shori_core::store::{Checkpoint, target_mismatch};
 use shori_core::{Error, ErrorKind, Result};
 
 use super::captures::lock_shapes;
 use super::layout::{self, TargetColumn};
 use super::session::{Link, Time, get_position, now, storable};
-use crate::connect::quoted;
+use crate::connect::{literal, quoted};
 
 const METADATA: &str = "projection metadata";
 const CHECKPOINTS: &str = "projection checkpoints";
@@ -41,6 +41,8 @@ const SET_SHAPE: &str = "
 update ctl_projection_metadata
 set target_shape = $1, target_key = $2, definition = $3
 where projection_name = $4";
+
+const HAS_FUNCTION: &str = "select to_regprocedure($1) is not null";
 
 const LOCK_METADATA: &str = "
 select 1
@@ -164,6 +166,9 @@ pub(super) async fn prepare(link: &Link, schema: &str, target: &Target) -> Resul
         return Err(target_mismatch(table, "it stands already and no projection has written it".into()));
     }
     create_or_evolve(link, target, &wanted_columns, &standing).await?;
+    if target.shape == TargetShape::Versions {
+        create_as_of(link, table).await?;
+    }
     match stored {
         // Whoever dropped it, what its checkpoint says is no longer there.
         Some(_) if is_new => {
@@ -237,6 +242,22 @@ async fn create_or_evolve(
         }
     }
     Ok(())
+}
+
+/// The function by which people ask for a history's rows at a time. It takes the table's columns as they are when it is
+/// asked.
+async fn create_as_of(link: &Link, table: &str) -> Result<()> {
+    let (name, table_name) = (quoted(&history::as_of_function(table)), quoted(table));
+    let is_there = link.rows(HAS_FUNCTION, &[&format!("{name}(timestamptz)")], table).await?;
+    if is_there.first().is_some_and(|row| row.get(0)) {
+        return Ok(());
+    }
+    let body = format!("select * from {table_name} where {}", history::as_of_condition("($1 at time zone 'UTC')"));
+    let create = format!(
+        "create function {name}(timestamptz) returns setof {table_name} language sql stable as {}",
+        literal(&body)
+    );
+    link.run(&create, table).await.map(drop)
 }
 
 /// How loaded keys are compared with those that stand.

@@ -6,20 +6,22 @@ use std::process::ExitCode;
 
 use arrow::array::{AsArray, RecordBatch};
 use arrow::util::pretty::pretty_format_batches;
+use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
 use clap::Args;
-use shori_core::Result;
+use shori_core::projection::history;
+use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::store::reading_statement;
 
 use super::Which;
 use super::printed::unprinted;
 use super::reach::{self, Reach};
 use super::status::rows;
-use crate::config::{Loaded, StoreKind};
+use crate::config::{Loaded, ProjectionKind, StoreKind};
 
 /// Run a query over a store, also while the pipeline runs. Reads only.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  shori query --dir demo \"select * from customers_latest limit 5\"\n  shori query --dir demo --json \"select count(*) as orders from proj_orders_latest\""
+    after_help = "Examples:\n  shori query --dir demo \"select * from customers_latest limit 5\"\n  shori query --dir demo --json \"select count(*) as orders from proj_orders_latest\"\n  shori query --dir demo --as-of 2026-11-27T18:00:00Z \"select status, count(*) from dim_orders_history group by all\""
 )]
 pub struct Query {
     #[command(flatten)]
@@ -27,6 +29,10 @@ pub struct Query {
     /// The store; the staging store if not given
     #[arg(long)]
     store: Option<String>,
+    /// Histories as they were at this time: only versions that were current then, of rows that were not deleted. Other
+    /// tables are as they are now
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    as_of: Option<NaiveDateTime>,
     /// Print one JSON object per row
     #[arg(long)]
     json: bool,
@@ -39,11 +45,16 @@ impl Query {
         let loaded = self.which.load()?;
         let reach = Reach::to_look(&loaded)?;
         let store = self.store.as_deref();
+        let at = |question: &str| match self.as_of {
+            None => Ok(question.to_string()),
+            Some(time) => as_of(&loaded, store, time, question),
+        };
         if reach::kind(&loaded, store)? == StoreKind::Postgres {
-            return ask_postgres(&loaded, &reach, store, &self.sql, self.json);
+            let question = self.sql.trim_end_matches(|letter: char| letter.is_whitespace() || letter == ';');
+            return ask_postgres(&loaded, &reach, store, &at(question)?, self.json);
         }
         // Asked within a statement of ours, it would be refused less clearly.
-        let question = reading_statement(&self.sql)?;
+        let question = &at(reading_statement(&self.sql)?)?;
         let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
         let columns = rows(&described);
         if self.json {
@@ -63,8 +74,7 @@ impl Query {
 }
 
 /// A question in PostgreSQL's own SQL. The row's name is one that no column has.
-fn ask_postgres(loaded: &Loaded, reach: &Reach, store: Option<&str>, sql: &str, json: bool) -> Result<ExitCode> {
-    let question = sql.trim_end_matches(|letter: char| letter.is_whitespace() || letter == ';');
+fn ask_postgres(loaded: &Loaded, reach: &Reach, store: Option<&str>, question: &str, json: bool) -> Result<ExitCode> {
     if json {
         let sql = format!("select to_jsonb(__shori_row)::text as line from (\n{question}\n) as __shori_row");
         let mut out = BufWriter::new(std::io::stdout().lock());
@@ -75,6 +85,47 @@ fn ask_postgres(loaded: &Loaded, reach: &Reach, store: Option<&str>, sql: &str, 
         super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A time as people write it; without a zone it is UTC.
+fn time(text: &str) -> Result<NaiveDateTime, String> {
+    if let Ok(time) = DateTime::parse_from_rfc3339(&text.replacen(' ', "T", 1)) {
+        return Ok(time.naive_utc());
+    }
+    const FORMATS: [&str; 2] = ["%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M"];
+    let plain = text.replacen('T', " ", 1);
+    let read = FORMATS.iter().find_map(|format| NaiveDateTime::parse_from_str(&plain, format).ok());
+    let day = || NaiveDate::parse_from_str(text, "%Y-%m-%d").ok().map(|day| day.and_time(NaiveTime::MIN));
+    read.or_else(day).ok_or_else(|| "it is no time: write 2026-11-27T18:00:00Z, or 2026-11-27".into())
+}
+
+/// The question with each history of the store cut to what was current at `time`: the rows have the history's name
+/// within it, and hide the table.
+fn as_of(loaded: &Loaded, store: Option<&str>, time: NaiveDateTime, question: &str) -> Result<String> {
+    let asked = reach::name(loaded, store)?;
+    let literal = format!("timestamp '{}'", time.format("%Y-%m-%d %H:%M:%S%.6f"));
+    let mut views = Vec::new();
+    for projection in &loaded.config.projections {
+        if projection.enabled
+            && projection.kind == ProjectionKind::History
+            && reach::target(loaded, projection)? == asked
+        {
+            let name = format!("\"{}\"", projection.name.replace('"', "\"\""));
+            let schema = match loaded.store(asked)? {
+                store if store.kind == StoreKind::Postgres => store.schema(),
+                _ => "main",
+            };
+            let schema = format!("\"{}\"", schema.replace('"', "\"\""));
+            let condition = history::as_of_condition(&literal);
+            views.push(format!("{name} as (select * from {schema}.{name} where {condition})"));
+        }
+    }
+    if views.is_empty() {
+        let cause = "it has no projection of kind history, which alone knows what was";
+        return Err(Error::new(ErrorKind::Usage, "ask", format!("store {asked} as of {time}"), cause)
+            .with_remedy("name another store with --store, or leave --as-of out"));
+    }
+    Ok(format!("with {} select * from (\n{question}\n) as __shori_then", views.join(", ")))
 }
 
 /// The question's rows as JSON: DuckDB itself knows best how its values read. A column hides a row of the same name, so
@@ -137,6 +188,17 @@ fn without_infinities(line: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_is_told_with_and_without_zone() {
+        let read = |text| time(text).unwrap().to_string();
+        assert_eq!(read("2026-11-27T18:00:00+02:00"), "2026-11-27 16:00:00");
+        assert_eq!(read("2026-11-27 18:00:00.123456Z"), "2026-11-27 18:00:00.123456");
+        assert_eq!(read("2026-11-27T18:00:00.5"), "2026-11-27 18:00:00.500");
+        assert_eq!(read("2026-11-27 18:00"), "2026-11-27 18:00:00");
+        assert_eq!(read("2026-11-27"), "2026-11-27 00:00:00");
+        assert!(["yesterday", "18:00", "2026-13-01", ""].iter().all(|text| time(text).is_err()));
+    }
 
     #[test]
     fn what_is_no_number_is_null_outside_text_only() {

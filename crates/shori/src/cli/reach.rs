@@ -72,10 +72,10 @@ impl Reach {
 
     /// The answer to a query for few rows.
     pub fn query(&self, loaded: &Loaded, store: Option<&str>, sql: &str) -> Result<Vec<RecordBatch>> {
-        let name = store_name(loaded, store)?;
+        let store = name(loaded, store)?;
         match self {
-            Reach::Running(client) => client.query(name, sql),
-            Reach::Files(opened) => super::block_on(named(opened, name)?.query(sql)),
+            Reach::Running(client) => client.query(store, sql),
+            Reach::Files(opened) => super::block_on(named(opened, store)?.query(sql)),
         }
     }
 
@@ -87,11 +87,11 @@ impl Reach {
         sql: &str,
         take: &mut dyn FnMut(RecordBatch) -> Result<()>,
     ) -> Result<()> {
-        let name = store_name(loaded, store)?;
+        let store = name(loaded, store)?;
         match self {
-            Reach::Running(client) => client.scan(name, sql, take).map(|_| ()),
+            Reach::Running(client) => client.scan(store, sql, take).map(|_| ()),
             Reach::Files(opened) => super::block_on(async {
-                let mut answer = named(opened, name)?.stream(sql).await?;
+                let mut answer = named(opened, store)?.stream(sql).await?;
                 while let Some(batch) = answer.next().await {
                     take(batch?)?;
                 }
@@ -112,15 +112,15 @@ impl Reach {
 
 /// The store that a projection is kept in.
 pub fn target<'a>(loaded: &'a Loaded, projection: &'a ProjectionConfig) -> Result<&'a str> {
-    store_name(loaded, projection.target.as_deref())
+    name(loaded, projection.target.as_deref())
 }
 
 /// What the store of a question is: the named one, or the staging store.
 pub fn kind(loaded: &Loaded, store: Option<&str>) -> Result<StoreKind> {
-    loaded.store(store_name(loaded, store)?).map(|store| store.kind)
+    loaded.store(name(loaded, store)?).map(|store| store.kind)
 }
 
-fn store_name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
+pub fn name<'a>(loaded: &'a Loaded, store: Option<&str>) -> Result<&'a str> {
     Ok(match store {
         Some(name) => &loaded.store(name)?.name,
         None => &loaded.staging()?.name,

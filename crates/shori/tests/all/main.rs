@@ -7,6 +7,7 @@ mod crates;
 mod demo;
 mod flow;
 mod harness;
+mod histories;
 mod mistakes;
 mod mistakes_files;
 mod mistakes_folders;

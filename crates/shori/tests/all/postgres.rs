@@ -97,6 +97,12 @@ impl Shop {
             kind = \"history\"
             table = \"orders\"
             [[projection]]
+            name = \"amounts\"
+            kind = \"history\"
+            table = \"orders\"
+            untracked = [\"status\"]
+            deletes = \"tombstone\"
+            [[projection]]
             name = \"customers_latest\"
             kind = \"latest\"
             table = \"customers\"
@@ -149,7 +155,7 @@ impl Shop {
     fn assert_verified(&self) {
         self.world.succeed(&["run", "--once"]);
         let done: Done = self.world.succeed(&["verify"]);
-        assert_eq!(done.out.matches("  ok").count(), 3, "{done:?}");
+        assert_eq!(done.out.matches("  ok").count(), 4, "{done:?}");
     }
 }
 
@@ -214,6 +220,30 @@ fn is_killed_again_and_again(kept: Kept) {
         writer.end(&shop.runtime);
     }
     shop.assert_verified();
+}
+
+#[test]
+fn a_history_in_a_server_tells_what_was_at_a_time() {
+    let server = Server::shared();
+    let shop = Shop::kept(server, Kept::InServer);
+    shop.world.succeed(&["run", "--once"]);
+    shop.sql(server, "update orders set amount = 0 where order_id <= 10; delete from orders where order_id > 4990");
+    shop.assert_verified();
+    let ask = |words: &[&str]| {
+        let done = shop.world.succeed(&[&["query", "--json"], words].concat());
+        done.out.lines().map(|line| line.replace('"', "")).collect::<Vec<_>>().join(" ")
+    };
+    let count = "with those as (select * from amounts) select count(*) as n, count(*) filter (where amount = 0) as free from those";
+    let time = ask(&["select max(valid_from)::text as t from amounts where cdc_operation = 'UPDATE'"]);
+    let time = time.trim_start_matches("{t: ").trim_end_matches('}');
+    assert_eq!(ask(&["--as-of", time, count]), "{n: 4990, free: 10}");
+    assert_eq!(ask(&[&format!("select count(*) as n from amounts_as_of('{time}+00')")]), "{n: 4990}");
+    let just_before = format!(
+        "select count(*) as n, max(amount) as most from amounts_as_of('{time}+00'::timestamptz - interval '1 microsecond')"
+    );
+    assert_eq!(ask(&[&just_before]), "{n: 5000, most: 50.00}");
+    assert_eq!(ask(&["select count(*) as n from amounts where cdc_operation = 'DELETE' and is_current"]), "{n: 10}");
+    assert_eq!(ask(&["--as-of", "2001-01-01", count]), "{n: 0, free: 0}");
 }
 
 #[test]
