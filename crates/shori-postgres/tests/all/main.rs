@@ -5,6 +5,7 @@
 mod bytes;
 mod columns;
 mod decimals;
+mod encrypted;
 mod extremes;
 mod faults;
 mod harness;

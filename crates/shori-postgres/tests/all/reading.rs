@@ -270,3 +270,33 @@ async fn positions_are_the_same_when_read_again_from_the_middle_of_a_transaction
         reader.assert_equal("parts").await;
     }
 }
+
+/// Each keeps up with what is read, however long nothing was written to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_five_hundred_tables_all_but_one_are_idle() {
+    const TABLES: usize = 500;
+    let names: Vec<String> = (0..TABLES).map(|number| format!("t{number}")).collect();
+    let tables: Vec<&str> = names.iter().map(String::as_str).collect();
+    let create = |name: &String| {
+        format!("create table {name} (id bigint primary key, n int); insert into {name} values (1, 0);")
+    };
+    let mut reader = Reader::fresh(&names.iter().map(create).collect::<String>(), &tables).await;
+    reader.start().await;
+    reader.read().await;
+    for round in 1..=20 {
+        reader
+            .sql(&format!("update t7 set n = {round} where id = 1; insert into t7 values (10 + {round}, {round})"))
+            .await;
+        reader.read().await;
+        let behind = reader.stored.known.values().filter(|known| known.watermark != reader.watermark).count();
+        assert_eq!(behind, 0, "tables whose watermark stays");
+    }
+    assert_eq!(reader.log("t7").len(), 1 + 40);
+    assert_eq!(reader.log("t8").len(), 1);
+    reader.assert_equal("t7").await;
+    let slot = format!(
+        "select restart_lsn > '0/0' and active from pg_replication_slots where slot_name = '{}'",
+        reader.config.slot
+    );
+    assert_eq!(reader.value(&slot).await, "t");
+}

@@ -137,13 +137,16 @@ impl Server {
 
     /// As superuser.
     pub async fn connect(&self, database: &str) -> Client {
+        self.try_connect(database).await.unwrap_or_else(|cause| panic!("connecting to {database}: {cause:?}"))
+    }
+
+    pub async fn try_connect(&self, database: &str) -> Result<Client, tokio_postgres::Error> {
         let mut config = tokio_postgres::Config::new();
         config.host("127.0.0.1").port(self.port).user("postgres").dbname(database).connect_timeout(PATIENCE);
-        let connected = config.connect(NoTls).await;
-        let (client, connection) = connected.unwrap_or_else(|cause| panic!("connecting to {database}: {cause:?}"));
+        let (client, connection) = config.connect(NoTls).await?;
         // Its errors are the client's too.
         tokio::spawn(connection);
-        client
+        Ok(client)
     }
 
     /// SIGKILL to the postmaster and all its processes, as a power loss for the server. What they wrote stays in the

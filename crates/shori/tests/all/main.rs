@@ -5,6 +5,7 @@
 mod answers;
 mod crates;
 mod demo;
+mod failpoints;
 mod flow;
 mod harness;
 mod histories;

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use shori_core::failpoint;
 use tokio::runtime::Runtime;
 use tokio_postgres::Client;
 
+use crate::failpoints::{self, Asked};
 use crate::harness::{Done, Running, World, until};
 use crate::server::Server;
 
@@ -33,6 +36,9 @@ from orders
 left join customers on customers.customer_id = orders.customer_id
 group by 1
 ";
+
+/// Between two tries of a writer to reach a server that is down.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(20);
 
 struct Shop {
     world: World,
@@ -143,7 +149,10 @@ impl Shop {
                     Err(error) if error.as_db_error().is_some() => {
                         client.batch_execute("rollback").await.unwrap();
                     }
-                    Err(_) => client = server.connect(&database).await,
+                    Err(_) => match server.try_connect(&database).await {
+                        Ok(connected) => client = connected,
+                        Err(_) => tokio::time::sleep(RECONNECT_PAUSE).await,
+                    },
                 }
             }
         });
@@ -272,16 +281,86 @@ fn a_server_that_is_killed_is_read_on_when_it_is_back() {
     server.stop();
 }
 
-/// The demo pipeline, with its results in a server.
 #[test]
-fn a_file_is_captured_into_a_server() {
+fn killed_between_any_two_writes_a_pipeline_loses_and_doubles_nothing() {
+    is_killed_at_each_place(Kept::InFile);
+}
+
+#[test]
+fn killed_between_any_two_writes_a_pipeline_into_a_server_loses_and_doubles_nothing() {
+    is_killed_at_each_place(Kept::InServer);
+}
+
+fn is_killed_at_each_place(kept: Kept) {
     let server = Server::shared();
-    let runtime = Runtime::new().unwrap();
+    let shop = Shop::kept(server, kept);
+    let configuration = std::fs::read_to_string(shop.world.path("shori.toml")).unwrap();
+    shop.world.put("shori.toml", &format!("{configuration}\n{}", failpoints::RETENTION));
+    let writer = shop.keep_writing(server, 4);
+    let asked = Asked { table: "orders", projection: "orders_history" };
+    let unreached = failpoints::kill_at_each(&shop.world, &asked, || {
+        let before = writer.commits();
+        until("some commits", || (writer.commits() >= before + 20).then_some(()));
+    });
+    writer.end(&shop.runtime);
+    shop.assert_verified();
+    assert_most_were_reached(&unreached);
+}
+
+/// Of a target of as few rows there is nothing to fold, and a server's are never folded; only sums are settled in parts.
+#[track_caller]
+fn assert_most_were_reached(unreached: &[&str]) {
+    let rare = [failpoint::STORE_INSIDE_FOLD, failpoint::TRANSFORM_INSIDE_SETTLE];
+    let others: Vec<_> = unreached.iter().filter(|place| !rare.contains(place)).collect();
+    assert!(others.is_empty(), "never reached: {others:?}");
+}
+
+#[test]
+fn killed_between_any_two_writes_a_pipeline_from_a_file_into_a_server_loses_and_doubles_nothing() {
+    let world = demo_into(Server::shared(), &Runtime::new().unwrap(), failpoints::RETENTION);
+    let generate = ["generate", "--rate", "2000", "--seed", "5", "--customers", "50"];
+    let mut application = world.start(&generate);
+    let asked = Asked { table: "payments", projection: "dim_orders_history" };
+    let unreached = failpoints::kill_at_each(&world, &asked, || application.assert_running());
+    application.stop();
+    world.succeed(&["run", "--once"]);
+    world.verify();
+    assert_most_were_reached(&unreached);
+}
+
+/// Power fails: source, warehouse and Shori end at once.
+#[test]
+fn killed_with_both_servers_a_pipeline_loses_and_doubles_nothing() {
+    let server: &'static Server = Box::leak(Box::new(Server::start(&[("fsync", "on")])));
+    let shop = Shop::kept(server, Kept::InServer);
+    let writer = shop.keep_writing(server, 3);
+    for round in 0..4 {
+        let before = writer.commits();
+        let running = shop.world.run();
+        until("some commits", || (writer.commits() >= before + 40 * (1 + round)).then_some(()));
+        // Either may be the first to go.
+        if round % 2 == 0 {
+            server.kill();
+            running.kill();
+        } else {
+            running.kill();
+            server.kill();
+        }
+        server.start_again();
+    }
+    writer.end(&shop.runtime);
+    shop.assert_verified();
+    server.stop();
+}
+
+/// The demo pipeline, with its log and results in a server.
+fn demo_into(server: &Server, runtime: &Runtime, more: &str) -> World {
     let demo = include_str!("../../../../pipelines/demo/shori.toml");
     let (head, tail) = demo.split_once("[[store]]").unwrap();
     let (_, projections) = tail.split_once("[[projection]]").unwrap();
-    let store = Kept::InServer.store(server, &runtime);
-    let configuration = format!("{head}[[store]]\nname = \"serving\"\n{store}\n[[projection]]{projections}");
+    let (projections, _) = projections.split_once("[retention]").unwrap_or((projections, ""));
+    let store = Kept::InServer.store(server, runtime);
+    let configuration = format!("{head}[[store]]\nname = \"serving\"\n{store}\n[[projection]]{projections}\n{more}");
     let kpi = include_str!("../../../../pipelines/demo/sql/proj_orders_kpi_by_minute_segment.sql");
     let latest = include_str!("../../../../pipelines/demo/sql/proj_orders_latest.sql");
     let sample = include_str!("../../../../pipelines/demo/sql/sample_source.sql");
@@ -289,6 +368,12 @@ fn a_file_is_captured_into_a_server() {
     std::fs::create_dir(world.path("sql")).unwrap();
     world.put("sql/proj_orders_kpi_by_minute_segment.sql", kpi);
     world.put("sql/proj_orders_latest.sql", latest);
+    world
+}
+
+#[test]
+fn a_file_is_captured_into_a_server() {
+    let world = demo_into(Server::shared(), &Runtime::new().unwrap(), "");
     for seed in ["1", "2"] {
         world.succeed(&["generate", "--changes", "4000", "--seed", seed, "--customers", "50"]);
         world.succeed(&["run", "--once"]);
