@@ -232,6 +232,27 @@ fn is_killed_again_and_again(kept: Kept) {
 }
 
 #[test]
+fn spec4_17_every_version_between_two_looks_and_late_commits_are_in_the_history() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    shop.world.succeed(&["run", "--once"]);
+    let late = shop.client(server);
+    shop.runtime.block_on(late.batch_execute("begin; update orders set status = 'late' where order_id = 2")).unwrap();
+    for amount in 1..=40 {
+        shop.sql(server, &format!("update orders set amount = {amount} where order_id = 1"));
+    }
+    shop.world.succeed(&["run", "--once"]);
+    let amounts =
+        "select string_agg(amount::int::varchar, ' ' order by valid_from) from orders_history where order_id = 1";
+    let all: Vec<String> = (0..=40).map(|amount| amount.to_string()).collect();
+    assert_eq!(shop.world.value(amounts), all.join(" "));
+    shop.runtime.block_on(late.batch_execute("commit")).unwrap();
+    shop.assert_verified();
+    let statuses = "select string_agg(status, ' ' order by valid_from) from orders_history where order_id = 2";
+    assert_eq!(shop.world.value(statuses), "open late");
+}
+
+#[test]
 fn a_history_in_a_server_tells_what_was_at_a_time() {
     let server = Server::shared();
     let shop = Shop::kept(server, Kept::InServer);
