@@ -206,8 +206,8 @@ impl Server {
 
 const CREDENTIALS: &str = "correct user, password or database in the configuration";
 
-/// `operation` on `object` failed in the server, or on the way.
-pub(crate) fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Error) -> Error {
+/// The error that `operation` on `object` failed in the server, or on the way.
+pub fn sql_error(operation: &str, object: &str, cause: tokio_postgres::Error) -> Error {
     let (kind, remedy) = match cause.code() {
         // What the library itself finds: no password, or a server that proves to be another.
         None if is_of_configuration(&cause) => (ErrorKind::Usage, Some(CREDENTIALS)),

@@ -44,7 +44,7 @@ mod stream;
 
 use std::collections::BTreeMap;
 
-pub use connect::{Server, Session, Tls};
+pub use connect::{Server, Session, Tls, sql_error};
 pub use look::{Inspected, execute, inspect, install, log_bytes_above, sample};
 pub use source::PostgresSource;
 pub use store::PostgresStore;

@@ -5,6 +5,7 @@
 //! that is.
 
 mod environment;
+mod generate;
 mod places;
 mod refusals;
 mod server;
@@ -19,6 +20,7 @@ use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use shori_core::{Error, ErrorKind, Result};
 
+pub use generate::GenerateConfig;
 pub use server::{ServerConfig, TlsMode};
 
 /// A pipeline, as configured.
@@ -40,6 +42,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     #[serde(default)]
     pub memory: MemoryConfig,
+    #[serde(default)]
+    pub generate: GenerateConfig,
 }
 
 #[derive(Clone, Debug, Deserialize)]

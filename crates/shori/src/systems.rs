@@ -12,6 +12,7 @@ use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 use std::time::Duration;
 
 use crate::config::{Loaded, ServerConfig, SourceConfig, SourceKind, TlsMode};
+use crate::generate::{Application, Orders, Shop};
 
 /// A source as it is configured.
 pub enum System {
@@ -111,6 +112,16 @@ impl System {
         match self {
             Self::Sqlite(config) => make_sqlite_sample(&config.path, script),
             Self::Postgres(config) => shori_postgres::execute(&config.server, script).await,
+        }
+    }
+
+    /// What writes to the sample tables of such a source.
+    pub fn application(&self) -> Application {
+        match self {
+            Self::Sqlite(config) => Application::Shop(Shop::new(&config.path)),
+            Self::Postgres(config) => {
+                Application::Orders(Orders { server: config.server.clone(), schema: config.schema.clone() })
+            }
         }
     }
 

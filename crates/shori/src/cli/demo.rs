@@ -20,8 +20,8 @@ use crate::assemble;
 use crate::config::Loaded;
 use crate::control::Server;
 use crate::freshness::{Freshness, Percentiles};
-use crate::generate::{self, GenerateConfig, Generated};
-use crate::systems;
+use crate::generate::{Generated, Pacing, Workload};
+use crate::systems::{self, System};
 use crate::verify::{FindingKind, ProjectionReport, Report};
 
 /// A busy sample database and its projections, in one command.
@@ -183,10 +183,10 @@ impl Demo {
         // Triggers must stand before the first change, else the snapshot alone would see it.
         handle.ready().await?;
         let source = &loaded.config.sources[0];
-        let mut config = GenerateConfig::new(loaded.resolve(source.file()));
-        config.changes = self.changes;
-        config.seed = self.seed;
-        config.rate = self.rate.or(self.changes.is_none().then_some(ENDLESS_RATE));
+        let application = System::of(loaded, source)?.application();
+        let rate = self.rate.or(self.changes.is_none().then_some(ENDLESS_RATE));
+        let pacing = rate.map_or(Pacing::FlatOut, Pacing::Rate);
+        let workload = Workload { changes: self.changes, pacing, seed: self.seed, ..Workload::default() };
         let stop = Arc::new(AtomicBool::new(false));
         let (stopping, watched) = (handle.stop.clone(), stop.clone());
         tokio::spawn(async move {
@@ -196,7 +196,7 @@ impl Demo {
         let counted = counts.clone();
         let begun = Instant::now();
         let work = move || {
-            generate::run(&config, &stop, |progress| counted.generated.store(progress.changes, Ordering::Relaxed))
+            application.run(&workload, &stop, |progress| counted.generated.store(progress.changes, Ordering::Relaxed))
         };
         let generated = tokio::task::spawn_blocking(work).await;
         let generated = generated.map_err(|cause| Error::new(ErrorKind::Internal, "finish", "generating", cause))??;

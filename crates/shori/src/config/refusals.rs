@@ -26,6 +26,8 @@ const MEMORY_MAX_MIB: u64 = 1 << 24;
 const THREADS_MAX: usize = 256;
 const SECONDS_MAX: u64 = 10 * 365 * 24 * 3600;
 const HOURS_MAX: f64 = (SECONDS_MAX / 3600) as f64;
+const INTERVAL_MIN_SECONDS: f64 = 0.001;
+const INTERVAL_MAX_SECONDS: f64 = SECONDS_MAX as f64;
 
 /// All that is found.
 pub(super) fn of(loaded: &Loaded) -> Vec<Error> {
@@ -247,6 +249,9 @@ fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
     found.extend(within(loaded, "project.debounce_ms", config.project.debounce_ms, 0..=SECONDS_MAX));
     found.extend(within(loaded, "retention.keep_hours", config.retention.keep_hours, 0.0..=HOURS_MAX));
     found.extend(within(loaded, "retention.every_seconds", config.retention.every_seconds, 1..=SECONDS_MAX));
+    if let Some(seconds) = config.generate.interval_seconds {
+        found.extend(within(loaded, "generate.interval_seconds", seconds, INTERVAL_MIN_SECONDS..=INTERVAL_MAX_SECONDS));
+    }
     found.extend(within(loaded, "memory.limit_mib", config.memory.limit_mib, MEMORY_MIN_MIB..=MEMORY_MAX_MIB));
     found.extend(within(loaded, "memory.threads", config.memory.threads, 0..=THREADS_MAX));
 }

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
+use shori_core::{Error, ErrorKind, Result};
 
 /// A stop is noticed within this time.
 const SLEEP_MAX: Duration = Duration::from_millis(50);
@@ -15,22 +16,55 @@ const COMMIT_EVERY_SECONDS: f64 = 0.004;
 /// The silence that one large transaction may leave behind at a given rate.
 const LARGE_SECONDS: f64 = 0.25;
 
+/// How changes are spread over time.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub enum Pacing {
+    /// As fast as possible.
+    #[default]
+    FlatOut,
+    /// Row changes per second, spread evenly.
+    Rate(f64),
+    /// A few changes, then nothing for so long: an application that little happens to.
+    Rounds(Duration),
+}
+
+impl Pacing {
+    /// Refuses what no time can be made of.
+    pub(super) fn check(self) -> Result<()> {
+        match self {
+            Self::Rate(rate) if !(rate.is_finite() && rate > 0.0) => {
+                Err(Error::new(ErrorKind::Usage, "generate at", format!("rate {rate}"), "it must be above 0"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What each of several writers keeps to.
+    pub(super) fn shared_by(self, writers: u32) -> Self {
+        match self {
+            Self::Rate(rate) => Self::Rate(rate / f64::from(writers.max(1))),
+            other => other,
+        }
+    }
+}
+
 /// Draws how many rows a transaction holds.
 pub(super) struct Sizes {
-    rate: Option<f64>,
+    pacing: Pacing,
     max_rows: u32,
 }
 
 impl Sizes {
-    pub(super) fn new(rate: Option<f64>, max_rows: u32) -> Self {
-        Self { rate, max_rows: max_rows.max(1) }
+    pub(super) fn new(pacing: Pacing, max_rows: u32) -> Self {
+        Self { pacing, max_rows: max_rows.max(1) }
     }
 
     pub(super) fn draw(&self, rng: &mut impl Rng) -> u32 {
         let chance = rng.random_range(0..10_000);
-        let rows = match self.rate {
-            None => flat_out(rng, chance),
-            Some(rate) => paced(rng, chance, rate),
+        let rows = match self.pacing {
+            Pacing::FlatOut => flat_out(rng, chance),
+            Pacing::Rate(rate) => paced(rng, chance, rate),
+            Pacing::Rounds(_) => rng.random_range(1..=5),
         };
         rows.clamp(1, self.max_rows)
     }
@@ -62,23 +96,26 @@ fn spread(rng: &mut impl Rng, low: u32, high: u32) -> u32 {
     (low.ln() + rng.random::<f64>() * (high / low).ln()).exp().round() as u32
 }
 
-/// Spreads changes evenly over time, by deadlines: a late commit does not move the ones after it.
+/// Spreads changes over time, by deadlines: a late commit does not move the ones after it.
 pub(super) struct Pace {
-    rate: Option<f64>,
+    pacing: Pacing,
     begin: Instant,
     due_after: f64,
     given_up: Duration,
 }
 
 impl Pace {
-    pub(super) fn new(rate: Option<f64>) -> Self {
-        Self { rate, begin: Instant::now(), due_after: 0.0, given_up: Duration::ZERO }
+    pub(super) fn new(pacing: Pacing) -> Self {
+        Self { pacing, begin: Instant::now(), due_after: 0.0, given_up: Duration::ZERO }
     }
 
     /// Takes note of a transaction of `rows`, and waits until the next one is due, or until `stop`.
     pub(super) fn wait_after(&mut self, rows: u64, stop: &AtomicBool) {
-        let Some(rate) = self.rate else { return };
-        self.due_after += rows as f64 / rate;
+        self.due_after += match self.pacing {
+            Pacing::FlatOut => return,
+            Pacing::Rate(rate) => rows as f64 / rate,
+            Pacing::Rounds(pause) => pause.as_secs_f64(),
+        };
         let due = self.begin + Duration::from_secs_f64(self.due_after) + self.given_up;
         let late = Instant::now().saturating_duration_since(due);
         if late > LATE_MAX {
@@ -93,7 +130,7 @@ impl Pace {
         }
     }
 
-    /// Time in which the given rate was not kept up.
+    /// Time in which the given pace was not kept up.
     pub(super) fn given_up(&self) -> Duration {
         self.given_up
     }
@@ -109,7 +146,7 @@ mod tests {
     #[test]
     fn small_transactions_dominate_and_large_ones_come() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let sizes = Sizes::new(None, 100_000);
+        let sizes = Sizes::new(Pacing::FlatOut, 100_000);
         let drawn: Vec<_> = (0..100_000).map(|_| sizes.draw(&mut rng)).collect();
         let small = drawn.iter().filter(|rows| **rows <= 5).count();
         assert!((60_000..70_000).contains(&small), "{small}");
@@ -121,7 +158,7 @@ mod tests {
     fn at_a_rate_transactions_are_a_few_milliseconds_apart() {
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         for rate in [10_f64, 1_000.0, 20_000.0, 100_000.0] {
-            let sizes = Sizes::new(Some(rate), 100_000);
+            let sizes = Sizes::new(Pacing::Rate(rate), 100_000);
             let rows: u64 = (0..20_000).map(|_| u64::from(sizes.draw(&mut rng))).sum();
             let apart = rows as f64 / 20_000.0 / rate;
             assert!(apart < 0.006_f64.max(4.0 / rate), "{rate}: {apart}");
@@ -131,6 +168,6 @@ mod tests {
     #[test]
     fn waiting_ends_with_stop() {
         let stop = AtomicBool::new(true);
-        Pace::new(Some(0.001)).wait_after(1_000, &stop);
+        Pace::new(Pacing::Rate(0.001)).wait_after(1_000, &stop);
     }
 }

@@ -11,7 +11,7 @@ use shori_core::{Error, ErrorKind, Result};
 
 use crate::bench::{Measured, Place, drive};
 use crate::config::Loaded;
-use crate::generate::{self, GenerateConfig};
+use crate::generate::{Application, Shop, Workload};
 use crate::{assemble, cli};
 
 pub(super) const FOLDER: &str = "backlog";
@@ -20,9 +20,9 @@ const CHANGES: u64 = 1_000_000;
 pub(super) fn prepare(place: &Place) -> Result<Measured> {
     let loaded = drive::demo(&place.fresh(FOLDER)?)?;
     read(&loaded)?;
-    let mut config = GenerateConfig::new(loaded.resolve(loaded.config.sources[0].file()));
-    config.changes = Some(place.rows(CHANGES));
-    generate::run(&config, &AtomicBool::new(false), |_| {})?;
+    let shop = Application::Shop(Shop::new(loaded.resolve(loaded.config.sources[0].file())));
+    let workload = Workload { changes: Some(place.rows(CHANGES)), ..Workload::default() };
+    shop.run(&workload, &AtomicBool::new(false), |_| {})?;
     Ok(Measured::default())
 }
 

@@ -9,7 +9,7 @@ use duckdb::Connection as Serving;
 use rusqlite::Connection as Source;
 use tempfile::TempDir;
 
-use crate::generate::{Clock, GenerateConfig, run};
+use crate::generate::{Application, Clock, Shop, Workload};
 use crate::verify::{
     ColumnInput, DerivationInput, ProjectionInput, Report, SourceInput, TableInput, VerifyInput, verify,
 };
@@ -73,14 +73,10 @@ impl Pipeline {
     }
 
     pub fn generate(&mut self, changes: u64) {
-        let config = GenerateConfig {
-            changes: Some(changes),
-            customers: 20,
-            seed: changes,
-            clock: Clock::Fixed { start: 1_767_323_045_000_000, step_us: 400_000 },
-            ..GenerateConfig::new(self.path())
-        };
-        run(&config, &AtomicBool::new(false), |_| {}).unwrap();
+        let clock = Clock::Fixed { start: 1_767_323_045_000_000, step_us: 400_000 };
+        let workload = Workload { changes: Some(changes), customers: 20, seed: changes, ..Workload::default() };
+        let shop = Application::Shop(Shop { path: self.path(), clock });
+        shop.run(&workload, &AtomicBool::new(false), |_| {}).unwrap();
     }
 
     fn capture(&self) {

@@ -4,13 +4,11 @@
 //! holds exactly what was committed. It is no captured table. `captured` is 1 for changes made while the table had
 //! triggers, which is how a capture is recognised here.
 
-use std::fmt;
-
 use rusqlite::{Connection, Statement, params};
-use serde::Serialize;
 use shori_core::Result;
 
 use super::database_error;
+use crate::generate::counts::{OPERATIONS, Operation, OperationCounts, TableCounts};
 
 pub(super) const CREATE: &str = "
 create table if not exists generator_ledger (
@@ -45,63 +43,6 @@ pub(super) enum Table {
 
 pub(super) const TABLES: [(Table, &str); 3] =
     [(Table::Customers, "customers"), (Table::Orders, "orders"), (Table::Payments, "payments")];
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Operation {
-    Insert = 0,
-    Update = 1,
-    Delete = 2,
-    KeyUpdate = 3,
-}
-
-const OPERATIONS: [(Operation, &str); 4] = [
-    (Operation::Insert, "insert"),
-    (Operation::Update, "update"),
-    (Operation::Delete, "delete"),
-    (Operation::KeyUpdate, "key_update"),
-];
-
-/// Row changes of one table. A key update counts once, here and not as an update.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct OperationCounts {
-    pub inserts: u64,
-    pub updates: u64,
-    pub deletes: u64,
-    pub key_updates: u64,
-}
-
-impl OperationCounts {
-    pub fn total(&self) -> u64 {
-        self.inserts + self.updates + self.deletes + self.key_updates
-    }
-}
-
-/// Row changes of every table.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
-pub struct TableCounts {
-    pub customers: OperationCounts,
-    pub orders: OperationCounts,
-    pub payments: OperationCounts,
-}
-
-impl TableCounts {
-    pub fn total(&self) -> u64 {
-        self.customers.total() + self.orders.total() + self.payments.total()
-    }
-}
-
-impl fmt::Display for TableCounts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, counts) in [("customers", self.customers), ("orders", self.orders), ("payments", self.payments)] {
-            writeln!(
-                f,
-                "{name:<10} {:>12} inserts {:>12} updates {:>10} deletes {:>8} key updates",
-                counts.inserts, counts.updates, counts.deletes, counts.key_updates
-            )?;
-        }
-        Ok(())
-    }
-}
 
 /// Counts changes; those of the open transaction apart.
 pub(super) struct Ledger<'c> {
@@ -169,10 +110,10 @@ impl<'c> Ledger<'c> {
     }
 
     pub(super) fn counts(&self) -> TableCounts {
-        let of = |table: Table| {
+        let of = |(table, name): (Table, _)| {
             let [inserts, updates, deletes, key_updates] = self.committed[table as usize];
-            OperationCounts { inserts, updates, deletes, key_updates }
+            (name, OperationCounts { inserts, updates, deletes, key_updates })
         };
-        TableCounts { customers: of(Table::Customers), orders: of(Table::Orders), payments: of(Table::Payments) }
+        TableCounts(TABLES.map(of).into())
     }
 }

@@ -10,8 +10,10 @@ use shori_core::Result;
 
 use super::clock::{Clock, Readings};
 use super::database_error;
-use super::ledger::{Operation, Table};
-use super::mix::{Action, draw_action, draw_amount, draw_segment, draw_status};
+use super::ledger::Table;
+use super::mix::{Action, draw_action, draw_segment, draw_status};
+use crate::generate::amount::draw_amount;
+use crate::generate::counts::Operation;
 
 /// Orders whose updates and payments are likely.
 const RECENT_IDS: i64 = 10_000;

@@ -4,9 +4,18 @@ use rusqlite::types::Value;
 use tempfile::TempDir;
 
 use super::*;
+use crate::generate::Pacing;
 
-const SAMPLE: &str = include_str!("../../../../pipelines/demo/sql/sample_source.sql");
+const SAMPLE: &str = include_str!("../../../../../pipelines/demo/sql/sample_source.sql");
 const CLOCK: Clock = Clock::Fixed { start: 1_767_323_045_000_000, step_us: 997 };
+
+fn of(changes: u64) -> Workload {
+    Workload { changes: Some(changes), ..Workload::default() }
+}
+
+fn run(path: &Path, workload: &Workload) -> Result<Generated> {
+    Shop { path: path.into(), clock: CLOCK }.run(workload, &AtomicBool::new(false), &mut |_| {})
+}
 
 struct Sample {
     directory: TempDir,
@@ -27,12 +36,12 @@ impl Sample {
         Connection::open(self.path()).unwrap()
     }
 
-    fn config(&self, changes: u64) -> GenerateConfig {
-        GenerateConfig { changes: Some(changes), clock: CLOCK, ..GenerateConfig::new(self.path()) }
+    fn generate(&self, changes: u64) -> Generated {
+        self.run(&of(changes)).unwrap()
     }
 
-    fn generate(&self, changes: u64) -> Generated {
-        run(&self.config(changes), &AtomicBool::new(false), |_| {}).unwrap()
+    fn run(&self, workload: &Workload) -> Result<Generated> {
+        run(&self.path(), workload)
     }
 
     fn number(&self, query: &str) -> i64 {
@@ -102,7 +111,7 @@ fn equal_seeds_write_equal_databases_and_others_do_not() {
     let (one, two, other) = (Sample::new(), Sample::new(), Sample::new());
     one.generate(50_000);
     two.generate(50_000);
-    run(&GenerateConfig { seed: 2, ..other.config(50_000) }, &AtomicBool::new(false), |_| {}).unwrap();
+    other.run(&Workload { seed: 2, ..of(50_000) }).unwrap();
     for table in ["customers", "orders", "payments", "generator_ledger"] {
         assert!(one.rows(table) == two.rows(table), "{table} differs");
         assert!(one.rows(table) != other.rows(table), "{table} is the same");
@@ -113,9 +122,9 @@ fn equal_seeds_write_equal_databases_and_others_do_not() {
 fn the_mix_is_that_of_the_benchmark() {
     let sample = Sample::new();
     let generated = sample.generate(210_000);
-    let orders = generated.tables.orders;
-    let customers = generated.tables.customers;
-    let payments = generated.tables.payments;
+    let orders = generated.tables.of("orders");
+    let customers = generated.tables.of("customers");
+    let payments = generated.tables.of("payments");
     let changes = (generated.changes - 10_000) as f64;
     let new_orders = orders.inserts as f64 / 1.02;
     let near = |what: &str, ratio: f64, expected: f64| {
@@ -147,7 +156,7 @@ fn it_goes_on_where_it_or_another_left_off() {
     sample.connect().execute_batch("insert into orders values (1000000, 1, '1.00', 'open', 'x', 'x')").unwrap();
     let generated = sample.generate(20_000);
     assert_eq!(generated.changes, 20_000);
-    assert!(generated.tables.customers.inserts < 5_100, "{:?}", generated.tables.customers);
+    assert!(generated.tables.of("customers").inserts < 5_100, "{:?}", generated.tables);
     let after = sample.number("select max(order_id) from orders");
     assert!(before < 1_000_000 && after > 1_000_000, "{before} {after}");
 }
@@ -168,8 +177,7 @@ fn times_are_written_in_one_form() {
 #[test]
 fn transactions_are_no_larger_than_allowed() {
     let sample = Sample::new();
-    let config = GenerateConfig { transaction_max_rows: 3, ..sample.config(10_000) };
-    let generated = run(&config, &AtomicBool::new(false), |_| {}).unwrap();
+    let generated = sample.run(&Workload { transaction_max_rows: 3, ..of(10_000) }).unwrap();
     assert!(generated.transactions >= (10_000 - 2_500) / 3, "{generated:?}");
 }
 
@@ -177,16 +185,17 @@ fn transactions_are_no_larger_than_allowed() {
 fn a_set_stop_ends_it_before_the_next_transaction() {
     let sample = Sample::new();
     let stop = AtomicBool::new(false);
-    let config = GenerateConfig { changes: None, rate: Some(1_000.0), ..sample.config(0) };
-    let generated = run(&config, &stop, |_| stop.store(true, Ordering::Relaxed)).unwrap();
+    let workload = Workload { pacing: Pacing::Rate(1_000.0), ..Workload::default() };
+    let mut progress = |_: &Progress| stop.store(true, Ordering::Relaxed);
+    let generated = Shop::new(sample.path()).run(&workload, &stop, &mut progress).unwrap();
     assert_eq!(sample.number("select sum(rows) from generator_ledger"), generated.changes as i64);
 }
 
 #[test]
 fn a_rate_is_kept() {
     let sample = Sample::new();
-    let config = GenerateConfig { rate: Some(20_000.0), customers: 10, ..sample.config(10_010) };
-    let generated = run(&config, &AtomicBool::new(false), |_| {}).unwrap();
+    let workload = Workload { pacing: Pacing::Rate(20_000.0), customers: 10, ..of(10_010) };
+    let generated = sample.run(&workload).unwrap();
     assert!(generated.seconds >= 0.45, "{generated:?}");
 }
 
@@ -194,13 +203,13 @@ fn a_rate_is_kept() {
 fn missing_files_and_tables_are_named_with_a_remedy() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("none.db");
-    let error = run(&GenerateConfig::new(&path), &AtomicBool::new(false), |_| {}).unwrap_err();
+    let error = run(&path, &of(1)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
     assert!(error.to_string().contains("none.db") && error.to_string().contains("shori init --sample"), "{error}");
     assert!(!path.exists());
     let sample = Sample::new();
     sample.connect().execute_batch("drop table payments").unwrap();
-    let error = run(&sample.config(10), &AtomicBool::new(false), |_| {}).unwrap_err();
+    let error = sample.run(&of(10)).unwrap_err();
     assert!(error.to_string().contains("table payments"), "{error}");
     assert!(error.to_string().contains("shori init --sample"), "{error}");
 }
@@ -211,9 +220,23 @@ fn it_waits_for_the_lock_of_another_writer() {
     let other = sample.connect();
     other.execute_batch("pragma journal_mode = wal; begin immediate").unwrap();
     let path = sample.path();
-    let config = GenerateConfig { changes: Some(10), clock: CLOCK, ..GenerateConfig::new(path) };
     // The other writer ends its transaction only once the generator runs; it cannot have committed anything before.
-    let worker = std::thread::spawn(move || run(&config, &AtomicBool::new(false), |_| {}));
+    let worker = std::thread::spawn(move || run(&path, &of(10)));
     other.execute_batch("commit").unwrap();
     assert_eq!(worker.join().unwrap().unwrap().changes, 10);
+}
+
+#[test]
+fn rounds_are_as_far_apart_as_asked_for() {
+    let sample = Sample::new();
+    sample.run(&Workload { customers: 10, ..of(100) }).unwrap();
+    let pacing = Pacing::Rounds(Duration::from_millis(20));
+    let generated = sample.run(&Workload { pacing, customers: 10, ..of(50) }).unwrap();
+    assert!(generated.transactions >= 10 && generated.seconds >= 0.02 * 10.0, "{generated:?}");
+}
+
+#[test]
+fn several_writers_are_refused() {
+    let error = Sample::new().run(&Workload { writers: 2, ..of(10) }).unwrap_err();
+    assert!(error.to_string().contains("one writer"), "{error}");
 }
