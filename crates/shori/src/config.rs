@@ -20,6 +20,7 @@ use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use shori_core::{Error, ErrorKind, Result};
 
+pub use environment::beside;
 pub use generate::GenerateConfig;
 pub use server::{ServerConfig, TlsMode};
 

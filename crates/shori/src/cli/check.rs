@@ -26,7 +26,7 @@ use crate::systems::System;
 #[command(after_help = "Example:\n  shori check -c pipelines/demo/shori.toml")]
 pub struct Check {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
 }
 
 impl Check {

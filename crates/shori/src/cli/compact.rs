@@ -16,7 +16,7 @@ use crate::control::Request;
 #[command(after_help = "Example:\n  shori compact --dir demo")]
 pub struct Compact {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// Print the result as one line of JSON
     #[arg(long)]
     json: bool,

@@ -22,7 +22,7 @@ use crate::systems::System;
 )]
 pub struct Init {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// Create the source and the pipeline's sample tables first
     #[arg(long)]
     sample: bool,

@@ -11,6 +11,7 @@ mod demo;
 mod generate;
 mod init;
 mod lines;
+mod logging;
 mod printed;
 mod query;
 mod reach;
@@ -24,23 +25,22 @@ mod trial;
 mod verify;
 mod view;
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use shori_core::{Error, ErrorKind, Result};
 
-use crate::config::Loaded;
+use crate::config::{self, Loaded};
 pub use printed::{print, print_json};
 
 /// From a committed change to fresh analytics in seconds.
 #[derive(Parser)]
 #[command(name = "shori", version, arg_required_else_help = true, after_help = "Start with: shori demo")]
 struct Cli {
-    /// How much to tell on stderr: error, warn, info, debug; finer: shori_core=debug
-    #[arg(long, global = true, env = "LOG_LEVEL", default_value = "warn", hide_env_values = true, value_parser = log_level)]
-    log_level: String,
+    /// How much to tell on stderr: error, warn, info, debug; finer: shori_core=debug [default: warn]
+    #[arg(long, global = true, env = logging::VARIABLE, hide_env_values = true, value_parser = logging::level)]
+    log_level: Option<String>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -74,23 +74,6 @@ enum Verb {
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  shori completions bash > /etc/bash_completion.d/shori")]
     Completions { shell: clap_complete::Shell },
-}
-
-/// Libraries that tell of every acknowledgement at level info, and of every value they send at level debug.
-const QUIET: [&str; 2] = ["pg_walstream", "tokio_postgres"];
-
-/// The filter itself takes any word, as the name of a module.
-fn log_level(text: &str) -> std::result::Result<String, String> {
-    if text.is_empty() {
-        return Ok("warn".into());
-    }
-    for part in text.split(',') {
-        let level = part.rsplit('=').next().unwrap_or(part).trim();
-        if level.parse::<tracing_subscriber::filter::LevelFilter>().is_err() {
-            return Err(format!("{level:?} is no level: give error, warn, info, debug, trace or off"));
-        }
-    }
-    tracing_subscriber::EnvFilter::try_new(text).map(|_| text.to_string()).map_err(|cause| cause.to_string())
 }
 
 /// Which pipeline a verb is about.
@@ -144,20 +127,55 @@ pub fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    let filter = tracing_subscriber::EnvFilter::try_new(&cli.log_level);
-    let chosen = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    let quiet = QUIET.into_iter().filter(|library| !cli.log_level.contains(library));
-    let filter = quiet.filter_map(|library| format!("{library}=warn").parse().ok());
-    let filter = filter.fold(chosen, tracing_subscriber::EnvFilter::add_directive);
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-    log.with_ansi(std::io::stderr().is_terminal()).init();
-    match crate::failpoints::arm_from_environment().and_then(|()| act(cli.verb)) {
+    let started = start_logging(&cli).and_then(|()| crate::failpoints::arm_from_environment());
+    match started.and_then(|()| act(cli.verb)) {
         Ok(status) => status,
         Err(error) if printed::reader_is_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(if error.kind() == ErrorKind::Usage { 2 } else { 1 })
         }
+    }
+}
+
+/// By the command line, else the environment, else the `.env` file of the pipeline, as its configuration is read.
+fn start_logging(cli: &Cli) -> Result<()> {
+    let beside = || match cli.verb.which() {
+        Some(which) if which.dir.is_none() => config::beside(which.file(), logging::VARIABLE),
+        _ => Ok(None),
+    };
+    let level = match &cli.log_level {
+        Some(level) => level.clone(),
+        None => match beside()? {
+            Some(text) => logging::level(&text).map_err(|cause| {
+                Error::new(ErrorKind::Usage, "use", format!("{} of the file .env", logging::VARIABLE), cause)
+            })?,
+            None => logging::DEFAULT.into(),
+        },
+    };
+    let directory = match &cli.verb {
+        Verb::Run(verb) => verb.log_dir.as_deref(),
+        _ => None,
+    };
+    logging::start(&level, directory)
+}
+
+impl Verb {
+    /// The pipeline that it is about.
+    fn which(&self) -> Option<&Which> {
+        Some(match self {
+            Verb::Init(verb) => &verb.which,
+            Verb::Check(verb) => &verb.which,
+            Verb::Run(verb) => &verb.which,
+            Verb::Status(verb) => &verb.which,
+            Verb::Generate(verb) => &verb.which,
+            Verb::Rebuild(verb) => &verb.which,
+            Verb::Resnapshot(verb) => &verb.which,
+            Verb::Verify(verb) => &verb.which,
+            Verb::Compact(verb) => &verb.which,
+            Verb::Query(verb) => &verb.which,
+            Verb::Demo(_) | Verb::Bench(_) | Verb::Completions { .. } => return None,
+        })
     }
 }
 

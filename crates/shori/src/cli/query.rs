@@ -25,7 +25,7 @@ use crate::config::{Loaded, ProjectionKind, StoreKind};
 )]
 pub struct Query {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// The store; the staging store if not given
     #[arg(long)]
     store: Option<String>,

@@ -17,7 +17,7 @@ use crate::control::Request;
 #[command(after_help = "Example:\n  shori rebuild --dir demo proj_orders_latest")]
 pub struct Rebuild {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// The projection's name, as in the configuration
     projection: String,
 }

@@ -17,7 +17,7 @@ use crate::control::Request;
 #[command(after_help = "Example:\n  shori resnapshot --dir demo orders")]
 pub struct Resnapshot {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// The table's name
     table: String,
     /// Start the table's log afresh: its key or a column's type has changed

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,13 +21,18 @@ use crate::control::Server;
 /// SIGINT or SIGTERM finishes the batch in hand and stops; what was committed stays, and the next start goes on from
 /// there. So does a start after a crash.
 #[derive(Args)]
-#[command(after_help = "Examples:\n  shori run -c pipelines/demo/shori.toml\n  shori run --dir demo --once")]
+#[command(
+    after_help = "Examples:\n  shori run -c pipelines/demo/shori.toml\n  shori run --dir demo --once\n  shori run -c shori.toml --log-level info --log-dir logs"
+)]
 pub struct Run {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// Catch up with where the source is now, then end
     #[arg(long)]
     once: bool,
+    /// Log to files in this folder, one a day, the newest called shori.log; to stderr then only if that is a terminal
+    #[arg(long, value_name = "DIR")]
+    pub(super) log_dir: Option<PathBuf>,
 }
 
 impl Run {

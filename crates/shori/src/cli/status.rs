@@ -23,7 +23,7 @@ use crate::systems::{Backlog, System};
 #[command(after_help = "Examples:\n  shori status --dir demo --watch\n  shori status -c shori.toml --json")]
 pub struct Status {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// Repeat every second until interrupted
     #[arg(short, long)]
     watch: bool,

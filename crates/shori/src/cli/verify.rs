@@ -29,7 +29,7 @@ use crate::verify::{
 #[command(after_help = "Example:\n  shori verify --dir demo")]
 pub struct Verify {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// Print the report as one line of JSON
     #[arg(long)]
     json: bool,

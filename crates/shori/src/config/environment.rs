@@ -47,6 +47,12 @@ pub(super) fn read(directory: &Path) -> Result<BTreeMap<String, String>> {
     pairs.collect::<std::result::Result<_, _>>().map_err(fail)
 }
 
+/// What the `.env` file beside a configuration sets a variable to.
+pub fn beside(file: &Path, variable: &str) -> Result<Option<String>> {
+    let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(read(parent)?.remove(variable))
+}
+
 /// Where in the file the content stands that the parser refuses; it tells no line.
 fn line_of(file: &Path, content: &str) -> Option<usize> {
     let text = std::fs::read_to_string(file).ok()?;
