@@ -13,6 +13,7 @@ mod mistakes;
 mod mistakes_files;
 mod mistakes_folders;
 mod mistakes_sql;
+mod orders_history;
 mod own_names;
 mod postgres;
 mod printed;
