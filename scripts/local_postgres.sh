@@ -55,7 +55,7 @@ make_cluster() {
     mkdir -p "$folder"
     [ ${#as[@]} = 0 ] || chown postgres: "$folder"
     "${as[@]}" test -w "$folder" ||
-        fail "the user postgres, which the server runs as where we are root, cannot reach $folder: name another as DATA"
+        { rmdir "$folder" && fail "the user postgres, which the server runs as where we are root, cannot reach $folder: name another as DATA"; }
     rm -rf "$new"
     printf '%s\n' "${PGPASSWORD:-postgres}" >"$folder/password"
     chmod 600 "$folder/password"

@@ -30,7 +30,7 @@ grep -qsE '^(export +)?LOG_LEVEL=' "$folder/.env" || export LOG_LEVEL=${LOG_LEVE
 pid_of() {
     local pid
     pid=$(cat "$state/$1.pid" 2>/dev/null) && [ -n "$pid" ] || return 1
-    [[ "$(ps -o stat=,args= -p "$pid" 2>/dev/null)" = [!Z]*" $1 -c $config"* ]] && echo "$pid"
+    [[ "$(ps -ww -o stat=,args= -p "$pid" 2>/dev/null)" = [!Z]*" $1 -c $config"* ]] && echo "$pid"
 }
 
 # Looks until a command succeeds, or says that it is in vain (status 2).
@@ -76,8 +76,9 @@ start() {
     echo $! >"$state/$1.pid"
     echo "shori $1 has started (process $!, logs in $logs)"
     if [ "$1" = run ] && ! until_true is_reached; then
-        tail -n 5 "$logs/run.out" >&2
-        fail "the pipeline cannot be reached"
+        tail -q -n 3 "$logs/shori.log" "$logs/run.out" >&2 2>/dev/null || true
+        pid_of run >/dev/null || fail "the pipeline has ended by itself"
+        fail "the pipeline cannot be reached after $patience_seconds s; it goes on trying"
     fi
 }
 
@@ -99,7 +100,8 @@ tell() {
     if pid=$(pid_of "$1"); then
         echo "shori $1: process $pid"
     elif [ -f "$state/$1.pid" ]; then
-        echo "shori $1: ended by itself: $(tail -n 1 "$logs/$1.out" 2>/dev/null)"
+        echo "shori $1: ended by itself; what it printed last is in $logs/$1.out"
+        tail -n 1 "$logs/$1.out" 2>/dev/null || true
     else
         echo "shori $1: not started"
     fi

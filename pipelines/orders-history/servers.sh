@@ -36,7 +36,7 @@ which_servers() {
     '')
         if ! is_here DB_HOST && ! is_here WAREHOUSE_DB_HOST; then
             echo none
-        elif [ -d "$data" ] || ! has_docker; then
+        elif [ -d "$data/source" ] || [ -d "$data/warehouse" ] || ! has_docker; then
             echo local
         else
             echo docker
@@ -46,31 +46,46 @@ which_servers() {
     esac
 }
 
-both() {
-    "$scripts/local_postgres.sh" "$1" "$data/source"
-    "$scripts/local_postgres.sh" "$1" "$data/warehouse"
+# Those of the two whose host is this machine.
+ours() {
+    ! is_here DB_HOST || echo source
+    ! is_here WAREHOUSE_DB_HOST || echo warehouse
+}
+
+each_local() {
+    local server
+    for server in source warehouse; do
+        [ ! -d "$data/$server" ] || "$scripts/local_postgres.sh" "$1" "$data/$server"
+    done
 }
 
 start_local() {
-    mkdir -p "$data"
-    PGPASSWORD=$(setting DB_PASSWORD postgres) "$scripts/local_postgres.sh" start "$data/source" \
-        "$(setting DB_PORT 5434)" "$(setting DB_NAME operational_db)" "$(setting DB_USER postgres)" wal_level=logical
-    PGPASSWORD=$(setting WAREHOUSE_DB_PASSWORD postgres) "$scripts/local_postgres.sh" start "$data/warehouse" \
-        "$(setting WAREHOUSE_DB_PORT 5433)" "$(setting WAREHOUSE_DB_NAME warehouse_db)" "$(setting WAREHOUSE_DB_USER postgres)"
+    local server prefix database port settings
+    for server in $(ours); do
+        prefix='' database=operational_db port=5434 settings=(wal_level=logical)
+        [ "$server" = source ] || prefix=WAREHOUSE_ database=warehouse_db port=5433 settings=()
+        mkdir -p "$data"
+        PGPASSWORD=$(setting "${prefix}DB_PASSWORD" postgres) "$scripts/local_postgres.sh" start "$data/$server" \
+            "$(setting "${prefix}DB_PORT" $port)" "$(setting "${prefix}DB_NAME" $database)" \
+            "$(setting "${prefix}DB_USER" postgres)" "${settings[@]}"
+    done
 }
 
 servers=$(which_servers)
 cd "$here"
 case $servers-${1:-} in
-docker-start) docker compose up --detach --wait ;;
+docker-start)
+    mapfile -t services < <(ours)
+    docker compose up --detach --wait "${services[@]}"
+    ;;
 docker-stop) docker compose stop ;;
 docker-status) docker compose ps ;;
 docker-remove) docker compose down --volumes ;;
 local-start) start_local ;;
-local-stop | local-status) [ ! -d "$data" ] || both "$1" ;;
+local-stop | local-status) each_local "$1" ;;
 local-remove)
     if [ -d "$data" ]; then
-        both remove
+        each_local remove
         rmdir "$data" 2>/dev/null || echo "$data holds files that are not ours: they stay"
     fi
     ;;
