@@ -71,6 +71,8 @@ fn file(directory: &Path) -> Result<RollingFileAppender> {
     };
     // The appender makes it too, and complains on stderr that it is not there.
     std::fs::create_dir_all(directory).map_err(|cause| fail(cause.into()))?;
+    // The link to the newest file holds the path as it is given here.
+    let directory = std::fs::canonicalize(directory).map_err(|cause| fail(cause.into()))?;
     RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("shori")
