@@ -4,6 +4,7 @@
 //! configuration. Every key has its default here, in one place; a key that is not known is refused, with the nearest one
 //! that is.
 
+mod entity_path;
 mod environment;
 mod generate;
 mod places;
@@ -11,15 +12,13 @@ mod refusals;
 mod server;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use shori_core::{Error, ErrorKind, Result};
 
+pub use entity_path::{EntityPathConfig, ThroughConfig};
 pub use environment::beside;
 pub use generate::GenerateConfig;
 pub use server::{ServerConfig, TlsMode};
@@ -161,46 +160,6 @@ pub struct ProjectionConfig {
 pub enum DeletesConfig {
     Close,
     Tombstone,
-}
-
-#[derive(Clone, Debug)]
-pub enum EntityPathConfig {
-    Column(String),
-    Through(ThroughConfig),
-}
-
-impl<'de> Deserialize<'de> for EntityPathConfig {
-    /// By hand, since serde's own untagged enums cannot tell what is wrong.
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Path;
-
-        impl<'de> Visitor<'de> for Path {
-            type Value = EntityPathConfig;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a column's name, or { through = \"table\", column = \"name\" }")
-            }
-
-            fn visit_str<E: de::Error>(self, column: &str) -> Result<Self::Value, E> {
-                Ok(EntityPathConfig::Column(column.to_string()))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, keys: A) -> Result<Self::Value, A::Error> {
-                ThroughConfig::deserialize(MapAccessDeserializer::new(keys)).map(EntityPathConfig::Through)
-            }
-        }
-
-        deserializer.deserialize_any(Path)
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ThroughConfig {
-    pub through: String,
-    pub column: String,
-    /// The same name as `column` if not given.
-    pub their_column: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
