@@ -3,6 +3,9 @@
 //! The next batch is read while the last one is appended. Whatever goes wrong, the ingestor starts the source again from
 //! the watermarks that the store holds; nothing else is remembered.
 
+#[cfg(test)]
+mod retry_tests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,13 +145,18 @@ impl Ingestor {
         if self.settings.once {
             session.goal = Some(self.source.head().await?.boundary);
         }
+        let started = Instant::now();
         let mut batch = self.source.next(self.settings.batch).await?;
         loop {
-            backoff.succeeded();
             let begun = Instant::now();
             let failed = std::mem::take(&mut batch.failed);
             self.leave_out(failed, &mut session.expected).await?;
-            let ahead = if is_news(&batch, &session) { self.append(&mut batch, &mut session).await? } else { None };
+            let is_news = is_news(&batch, &session);
+            let ahead = if is_news { self.append(&mut batch, &mut session).await? } else { None };
+            // To have started is no success: what fails right after would be tried again without a pause.
+            if is_news || started.elapsed() >= self.settings.retry.longest {
+                backoff.succeeded();
+            }
             if stop.is_cancelled() || self.reached(&session) {
                 return Ok(Ended::Finished);
             }
