@@ -36,8 +36,12 @@ pub const STORE_INSIDE_FOLD: &str = "store.inside_fold";
 pub const TRANSFORM_INSIDE_ADVANCE: &str = "transform.inside_advance";
 /// Part of a settled result is written, nothing is committed.
 pub const TRANSFORM_INSIDE_SETTLE: &str = "transform.inside_settle";
+/// A range of a change log is written, and no file of it is visible.
+pub const EXPORT_BEFORE_PUBLISH: &str = "export.before_publish";
+/// One file of a change log has become visible, the next one is not.
+pub const EXPORT_AFTER_FILE: &str = "export.after_file";
 
-/// Every place there is.
+/// Every place that a pipeline passes.
 pub const ALL: &[&str] = &[
     INGEST_BEFORE_APPEND,
     INGEST_AFTER_APPEND,
@@ -56,6 +60,9 @@ pub const ALL: &[&str] = &[
     TRANSFORM_INSIDE_ADVANCE,
     TRANSFORM_INSIDE_SETTLE,
 ];
+
+/// Those of what only reads a pipeline's log.
+pub const OF_EXPORT: &[&str] = &[EXPORT_BEFORE_PUBLISH, EXPORT_AFTER_FILE];
 
 static HOOK: OnceLock<fn(&'static str)> = OnceLock::new();
 

@@ -63,6 +63,7 @@ pub struct PipelineConfig {
 pub enum SourceKind {
     Sqlite,
     Postgres,
+    Files,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -74,7 +75,7 @@ pub struct SourceConfig {
     /// Rows of one snapshot chunk.
     #[serde(default = "defaults::snapshot_chunk_rows")]
     pub snapshot_chunk_rows: usize,
-    /// Of `sqlite`: its file.
+    /// Of `sqlite`: its file. Of `files`: the folder of the change logs.
     pub path: Option<PathBuf>,
     /// Of `sqlite`: how long a busy source is waited for before trying again.
     pub busy_timeout_ms: Option<u64>,
@@ -368,7 +369,7 @@ impl Loaded {
 }
 
 impl SourceConfig {
-    /// Of `sqlite`.
+    /// Of `sqlite` and `files`.
     pub fn file(&self) -> &Path {
         self.path.as_deref().unwrap_or(Path::new(""))
     }

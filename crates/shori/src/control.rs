@@ -8,6 +8,7 @@
 //! answer that nobody takes is given up: while it stands, the store keeps what it sees.
 
 mod frames;
+pub mod logged;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -23,14 +24,19 @@ use arrow::datatypes::SchemaRef;
 use arrow::error::ArrowError;
 use arrow::ipc::reader::StreamReader;
 use arrow::ipc::writer::StreamWriter;
+use futures::StreamExt;
+use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
+use shori_core::change::ChangeBatch;
 use shori_core::pipeline::Handle;
+use shori_core::position::{CaptureId, Position};
 use shori_core::{Error, ErrorKind, Result};
 use shori_duckdb::store;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::OwnedWriteHalf;
 
 use frames::Frames;
+use logged::{LoggedCapture, Told};
 
 use crate::stores::{self, OpenStore};
 
@@ -45,6 +51,10 @@ const START_WAIT: Duration = Duration::from_secs(10);
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
     Query { store: String, sql: String },
+    /// What the log of a store knows of its captures.
+    Captures { store: String },
+    /// Changes of a capture with `after < position <= up_to`.
+    Log { store: String, source: String, instance: String, after: logged::Place, up_to: logged::Place },
     Rebuild { projection: String },
     Resnapshot { table: String, retyped: bool },
     Compact,
@@ -60,6 +70,8 @@ struct Answer {
     has_rows: bool,
     #[serde(default)]
     number: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    captures: Option<Vec<logged::Told>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -156,12 +168,12 @@ impl Server {
         let request = serde_json::from_str::<Request>(&line)
             .map_err(|cause| Error::new(ErrorKind::Usage, "read", "a request on the socket", cause));
         let answered = match request {
-            Ok(Request::Query { store, sql }) => {
+            Ok(request @ (Request::Query { .. } | Request::Log { .. })) => {
                 let mut gone = [0];
                 tokio::select! {
                     // A client says nothing after its request: what comes is its end. Then the statement is for nobody.
                     _ = read.read(&mut gone) => return Ok(()),
-                    answered = self.rows(&store, &sql, &mut write) => answered?,
+                    answered = self.rows(request, &mut write) => answered?,
                 }
             }
             Ok(request) => self.answer(request).await,
@@ -175,7 +187,11 @@ impl Server {
     async fn answer(&self, request: Request) -> Result<Answer> {
         let mut answer = Answer::default();
         match request {
-            Request::Query { .. } => {}
+            Request::Query { .. } | Request::Log { .. } => {}
+            Request::Captures { store } => {
+                let captures = LoggedCapture::all(self.store(&store)?.store().captures().await?);
+                answer.captures = Some(captures.iter().map(Told::of).collect());
+            }
             Request::Rebuild { projection } => self.handle.rebuild(&projection).await?,
             Request::Resnapshot { table, retyped } => {
                 self.begun().await?;
@@ -195,23 +211,56 @@ impl Server {
         }
     }
 
-    /// Answers a query, all but its last line. The outer error is that of the connection.
-    async fn rows(&self, store: &str, sql: &str, write: &mut OwnedWriteHalf) -> std::io::Result<Result<Answer>> {
-        let unknown = || Error::new(ErrorKind::Usage, "query", format!("store {store}"), "there is none of that name");
-        let found = self.stores.get(store).ok_or_else(unknown);
-        let mut rows = match found {
-            Ok(store) => match store.stream(sql).await {
-                Ok(rows) => rows,
-                Err(error) => return Ok(Err(error)),
-            },
+    fn store(&self, name: &str) -> Result<&OpenStore> {
+        let unknown = || Error::new(ErrorKind::Usage, "query", format!("store {name}"), "there is none of that name");
+        self.stores.get(name).ok_or_else(unknown)
+    }
+
+    /// Answers with rows, all but the last line. The outer error is that of the connection.
+    async fn rows(&self, request: Request, write: &mut OwnedWriteHalf) -> std::io::Result<Result<Answer>> {
+        let opened = match request {
+            Request::Query { store, sql } => self.query(&store, &sql).await,
+            Request::Log { store, source, instance, after, up_to } => {
+                self.log(&store, &CaptureId::new(&source, &instance), &after, &up_to).await
+            }
+            _ => return Ok(Ok(Answer::default())),
+        };
+        let (schema, mut rows) = match opened {
+            Ok(opened) => opened,
             Err(error) => return Ok(Err(error)),
         };
         tell(write, &Answer { has_rows: true, ..Answer::default() }).await?;
-        let sent = send(&mut rows, write).await?;
+        let sent = send(&schema, &mut rows, write).await?;
         frames::end(write).await?;
         Ok(sent.map(|()| Answer::default()))
     }
+
+    async fn query(&self, store: &str, sql: &str) -> Result<(SchemaRef, Rows)> {
+        let answer = self.store(store)?.stream(sql).await?;
+        let schema = answer.schema().clone();
+        let next = |mut answer: stores::Answer| async move { Some((answer.next().await?, answer)) };
+        Ok((schema, futures::stream::unfold(answer, next).boxed()))
+    }
+
+    async fn log(
+        &self,
+        store: &str,
+        capture: &CaptureId,
+        after: &logged::Place,
+        up_to: &logged::Place,
+    ) -> Result<(SchemaRef, Rows)> {
+        let store = self.store(store)?.store();
+        let unknown = || Error::new(ErrorKind::Usage, "read", format!("the log of {capture}"), "there is none");
+        let schema = store.captures().await?.remove(capture).ok_or_else(unknown)?.schema;
+        let schema = logged::rows_schema(&schema);
+        let changes = store.read_log(capture, &after.position()?, &up_to.position()?).await?;
+        let of = schema.clone();
+        Ok((schema, changes.map(move |batch| logged::to_rows(&batch?, &of)).boxed()))
+    }
 }
+
+/// Rows on their way out.
+type Rows = BoxStream<'static, Result<RecordBatch>>;
 
 async fn tell(write: &mut OwnedWriteHalf, answer: &Answer) -> std::io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
@@ -220,8 +269,8 @@ async fn tell(write: &mut OwnedWriteHalf, answer: &Answer) -> std::io::Result<()
 }
 
 /// Sends rows in frames. The outer error is that of the connection.
-async fn send(rows: &mut stores::Answer, write: &mut OwnedWriteHalf) -> std::io::Result<Result<()>> {
-    let mut encoded = match StreamWriter::try_new(Vec::new(), rows.schema()) {
+async fn send(schema: &SchemaRef, rows: &mut Rows, write: &mut OwnedWriteHalf) -> std::io::Result<Result<()>> {
+    let mut encoded = match StreamWriter::try_new(Vec::new(), schema) {
         Ok(encoded) => encoded,
         Err(error) => return Ok(Err(error.into())),
     };
@@ -283,10 +332,37 @@ impl Client {
 
     /// Hands the rows of a query to `take` as they come, in memory that does not grow with them. Returns their columns.
     pub fn scan(&self, store: &str, sql: &str, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<SchemaRef> {
-        let (answer, reader) = self.ask(&Request::Query { store: store.into(), sql: sql.into() })?;
+        self.rows(&Request::Query { store: store.into(), sql: sql.into() }, take)
+    }
+
+    /// What the log of a store knows of its captures.
+    pub fn captures(&self, store: &str) -> Result<Vec<LoggedCapture>> {
+        let (answer, _) = self.ask(&Request::Captures { store: store.into() })?;
+        answer.captures.ok_or_else(other_version)?.into_iter().map(Told::read).collect()
+    }
+
+    /// Hands the changes of a capture with `after < position <= up_to` to `take` as they come.
+    pub fn log(
+        &self,
+        store: &str,
+        capture: &CaptureId,
+        (after, up_to): (&Position, &Position),
+        take: &mut dyn FnMut(ChangeBatch) -> Result<()>,
+    ) -> Result<()> {
+        let request = Request::Log {
+            store: store.into(),
+            source: capture.source.to_string(),
+            instance: capture.instance.to_string(),
+            after: logged::Place::of(after),
+            up_to: logged::Place::of(up_to),
+        };
+        self.rows(&request, &mut |rows| take(logged::from_rows(capture, &rows)?)).map(|_| ())
+    }
+
+    fn rows(&self, request: &Request, take: &mut dyn FnMut(RecordBatch) -> Result<()>) -> Result<SchemaRef> {
+        let (answer, reader) = self.ask(request)?;
         if !answer.has_rows {
-            let cause = "it is of another version of shori";
-            return Err(Error::new(ErrorKind::Usage, "query", "the running pipeline", cause).with_remedy("restart it"));
+            return Err(other_version());
         }
         let mut frames = Frames::new(reader);
         let mut refused = None;
@@ -333,6 +409,11 @@ fn read_rows(
         }
     }
     Ok(schema)
+}
+
+fn other_version() -> Error {
+    let cause = "it is of another version of shori";
+    Error::new(ErrorKind::Usage, "query", "the running pipeline", cause).with_remedy("restart it")
 }
 
 fn lost(cause: std::io::Error) -> Error {

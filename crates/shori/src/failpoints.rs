@@ -22,7 +22,8 @@ pub fn arm_from_environment() -> Result<()> {
     let Ok(wanted) = std::env::var(VARIABLE) else { return Ok(()) };
     let (name, count) = wanted.split_once(':').unwrap_or((&wanted, "1"));
     let wrong = |cause: &str| Error::new(ErrorKind::Usage, "arm", format!("{VARIABLE}={wanted}"), cause.to_string());
-    let place = failpoint::ALL.iter().find(|place| **place == name).ok_or_else(|| wrong("there is no such place"))?;
+    let mut places = failpoint::ALL.iter().chain(failpoint::OF_EXPORT);
+    let place = places.find(|place| **place == name).ok_or_else(|| wrong("there is no such place"))?;
     let left = count.parse().map_err(|_| wrong("the count is not a number"))?;
     ARMED.get_or_init(|| Armed { place, left: AtomicU64::new(left) });
     failpoint::set_hook(reached);

@@ -7,6 +7,7 @@ use shori_core::position::{CaptureId, Position, SortKey};
 use shori_core::secret::Secret;
 use shori_core::source::{CaptureInfo, Source};
 use shori_core::{Error, ErrorKind, Result};
+use shori_files::{FilesConfig, FilesSource};
 use shori_postgres::{PostgresConfig, PostgresSource, PostgresTable, Server, Tls};
 use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::generate::{Application, Orders, Shop};
 pub enum System {
     Sqlite(SqliteConfig),
     Postgres(PostgresConfig),
+    Files(FilesConfig),
 }
 
 /// What could be captured, and what is in the way of it.
@@ -50,6 +52,11 @@ impl System {
         Ok(match source.kind {
             SourceKind::Sqlite => Self::Sqlite(sqlite_config(loaded, source)),
             SourceKind::Postgres => Self::Postgres(postgres_config(loaded, source)?),
+            SourceKind::Files => Self::Files(FilesConfig {
+                path: loaded.resolve(source.file()),
+                source_name: source.name.clone(),
+                tables: source.tables.keys().cloned().collect(),
+            }),
         })
     }
 
@@ -57,6 +64,7 @@ impl System {
         match self {
             Self::Sqlite(config) => Box::new(SqliteSource::new(config)),
             Self::Postgres(config) => Box::new(PostgresSource::new(config)),
+            Self::Files(config) => Box::new(FilesSource::new(config)),
         }
     }
 
@@ -65,7 +73,8 @@ impl System {
         match self {
             // It is the one that knows what to say.
             Self::Sqlite(config) if !config.path.is_file() => shori_sqlite::log_end(config).map(|_| ()),
-            Self::Sqlite(_) | Self::Postgres(_) => Ok(()),
+            Self::Files(config) if !config.path.is_dir() => shori_files::inspect(config).map(|_| ()),
+            Self::Sqlite(_) | Self::Postgres(_) | Self::Files(_) => Ok(()),
         }
     }
 
@@ -79,6 +88,10 @@ impl System {
                 let shori_postgres::Inspected { captures, failed, problems } = shori_postgres::inspect(config).await?;
                 Ok(Inspected { captures, failed, problems })
             }
+            Self::Files(config) => {
+                let shori_files::Inspected { captures, failed } = shori_files::inspect(config)?;
+                Ok(Inspected { captures, failed, problems: Vec::new() })
+            }
         }
     }
 
@@ -87,6 +100,7 @@ impl System {
         match self {
             Self::Sqlite(config) => shori_sqlite::sample(config, rows),
             Self::Postgres(config) => shori_postgres::sample(config, rows).await,
+            Self::Files(config) => shori_files::sample(config, rows),
         }
     }
 
@@ -104,6 +118,13 @@ impl System {
                 let (tables, failed) = shori_postgres::install(config).await?;
                 Ok(Installed { source: config.server.name(), tables, failed })
             }
+            // Whoever wrote the files has captured them: they only have to be there.
+            Self::Files(config) => {
+                let inspected = shori_files::inspect(config)?;
+                let tables = inspected.captures.iter().map(|info| info.id.instance.to_string()).collect();
+                let failed = inspected.failed.into_iter().map(|(_, error)| error).collect();
+                Ok(Installed { source: config.path.display().to_string(), tables, failed })
+            }
         }
     }
 
@@ -112,6 +133,12 @@ impl System {
         match self {
             Self::Sqlite(config) => make_sqlite_sample(&config.path, script),
             Self::Postgres(config) => shori_postgres::execute(&config.server, script).await,
+            Self::Files(config) => {
+                let object = format!("change logs {}", config.path.display());
+                let cause = "they are written by the pipeline that has the log";
+                Err(Error::new(ErrorKind::Usage, "create sample tables in", object, cause)
+                    .with_remedy("have them exported: shori export"))
+            }
         }
     }
 
@@ -127,16 +154,18 @@ impl System {
 
     /// What is above the watermark with this `lsn` in hexadecimal; `None` where that is not a position of this source.
     pub async fn backlog(&self, lsn: &str) -> Result<Option<Backlog>> {
-        let lsn = if lsn.is_empty() { "0" } else { lsn };
-        let Ok(lsn) = u64::from_str_radix(lsn, 16) else { return Ok(None) };
+        let number = || u64::from_str_radix(if lsn.is_empty() { "0" } else { lsn }, 16);
         match self {
             Self::Sqlite(config) => {
+                let Ok(lsn) = number() else { return Ok(None) };
                 let watermark = Position::new(SortKey::from_u64(lsn), SortKey::MAX);
                 shori_sqlite::changes_above(config, &watermark).map(|count| Some(Backlog::Changes(count)))
             }
             Self::Postgres(config) => {
+                let Ok(lsn) = number() else { return Ok(None) };
                 shori_postgres::log_bytes_above(config, lsn).await.map(|bytes| Some(Backlog::LogBytes(bytes)))
             }
+            Self::Files(config) => shori_files::bytes_above(config, lsn).map(|bytes| bytes.map(Backlog::LogBytes)),
         }
     }
 }

@@ -12,7 +12,8 @@ use crate::systems::System;
 
 /// Make a source ready for capture. May be repeated.
 ///
-/// SQLite: the change table and the triggers. PostgreSQL: the publication and the replication slot.
+/// SQLite: the change table and the triggers. PostgreSQL: the publication and the replication slot. Change logs need
+/// nothing.
 ///
 /// In SQLite a trigger holds a table: it refuses to drop a column that one names. --release frees the table; the next run
 /// captures it again. The pipeline must be stopped for it.
@@ -42,6 +43,9 @@ impl Init {
                 let cause = "the pipeline runs, and would capture it again at once";
                 return Err(Error::new(ErrorKind::InUse, "release", format!("table {table}"), cause)
                     .with_remedy("stop the pipeline first"));
+            }
+            if source.kind == SourceKind::Files {
+                return Err(loaded.wrong(&format!("table {table}"), "it is read from files, and nothing holds it"));
             }
             if source.kind != SourceKind::Sqlite {
                 let remedy = "take it out of the configuration, and out of the publication";

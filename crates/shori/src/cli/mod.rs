@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod compact;
 mod demo;
+mod export;
 mod generate;
 mod init;
 mod lines;
@@ -67,6 +68,8 @@ enum Verb {
     Verify(verify::Verify),
     /// Bring the log down to what is still needed
     Compact(compact::Compact),
+    /// Write the log as JSON change logs, from where they end
+    Export(export::Export),
     /// Measure against targets and floors
     Bench(bench::Bench),
     /// Run a query over a store, also while the pipeline runs
@@ -191,6 +194,7 @@ fn act(verb: Verb) -> Result<ExitCode> {
         Verb::Resnapshot(verb) => verb.act(),
         Verb::Verify(verb) => verb.act(),
         Verb::Compact(verb) => verb.act(),
+        Verb::Export(verb) => verb.act(),
         Verb::Bench(verb) => verb.act(),
         Verb::Query(verb) => verb.act(),
         Verb::Completions { shell } => {

@@ -3,13 +3,17 @@
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
+use futures::StreamExt;
+use shori_core::change::ChangeBatch;
 use shori_core::pipeline::Handle;
+use shori_core::position::{CaptureId, Position};
 use shori_core::project::Progress;
 use shori_core::{Error, ErrorKind, Result};
 
 use super::run;
 use crate::assemble::{self, Opened};
 use crate::config::{Loaded, ProjectionConfig, StoreKind};
+use crate::control::logged::LoggedCapture;
 use crate::control::{Client, Request};
 use crate::stores::OpenStore;
 
@@ -100,6 +104,37 @@ impl Reach {
         }
     }
 
+    /// What the log knows of its captures.
+    pub fn captures(&self, loaded: &Loaded) -> Result<Vec<LoggedCapture>> {
+        match self {
+            Reach::Running(client) => client.captures(&loaded.staging()?.name),
+            Reach::Files(opened) => {
+                let captures = super::block_on(async { opened.staging.store().captures().await })?;
+                Ok(LoggedCapture::all(captures))
+            }
+        }
+    }
+
+    /// Hands the changes of a capture with `after < position <= up_to` to `take` as they come.
+    pub fn log(
+        &self,
+        loaded: &Loaded,
+        capture: &CaptureId,
+        (after, up_to): (&Position, &Position),
+        take: &mut dyn FnMut(ChangeBatch) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Reach::Running(client) => client.log(&loaded.staging()?.name, capture, (after, up_to), take),
+            Reach::Files(opened) => super::block_on(async {
+                let mut changes = opened.staging.store().read_log(capture, after, up_to).await?;
+                while let Some(batch) = changes.next().await {
+                    take(batch?)?;
+                }
+                Ok(())
+            }),
+        }
+    }
+
     /// Asks the running pipeline; without one, runs it once and asks that, so that the request is done when this
     /// returns.
     pub fn request(self, loaded: &Loaded, request: Request) -> Result<u64> {
@@ -173,7 +208,7 @@ async fn ask(handle: &Handle, request: Request, projections: usize) -> Result<u6
             projections_known(handle, projections).await?;
             handle.compact().await
         }
-        Request::Query { .. } | Request::Pid => Ok(0),
+        Request::Query { .. } | Request::Captures { .. } | Request::Log { .. } | Request::Pid => Ok(0),
     }
 }
 

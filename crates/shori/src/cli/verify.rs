@@ -13,7 +13,9 @@ use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
-use crate::config::{DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, StoreKind};
+use crate::config::{
+    DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind,
+};
 use crate::systems::System;
 use crate::verify::{
     self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
@@ -216,6 +218,8 @@ fn incomparable(
             if is_built(loaded, reach, store, configured)? { State::NotCompared } else { State::NotBuilt },
             error.to_string(),
         )
+    } else if looked.iter().any(|one| one.source.kind == SourceKind::Files && one.has(configured)) {
+        (State::NotCompared, FILES_HOLD_NO_TABLES.into())
     } else if looked.iter().any(|one| one.has(configured)) {
         return Ok(None);
     } else {
@@ -224,6 +228,9 @@ fn incomparable(
     let input = projection_input(loaded, configured, &[])?;
     Ok(Some(ProjectionReport::of(&input).not(state, why)))
 }
+
+const FILES_HOLD_NO_TABLES: &str = "it is made from change log files, which have no tables to compare with: verify the \
+                                    pipeline that wrote them, and compare its result with this one";
 
 /// Whether a projection has ever been built, as its store tells.
 fn is_built(loaded: &Loaded, reach: &Reach, store: &str, configured: &ProjectionConfig) -> Result<bool> {
@@ -256,6 +263,9 @@ fn input<'a>(
 fn source_input(loaded: &Loaded, source: &SourceConfig) -> Result<SourceInput> {
     Ok(match System::of(loaded, source)? {
         System::Sqlite(config) => SourceInput::Sqlite(config.path),
+        System::Files(_) => {
+            return Err(loaded.wrong(&format!("source {}", source.name), FILES_HOLD_NO_TABLES));
+        }
         System::Postgres(config) => SourceInput::Postgres(Box::new(PostgresPlace {
             server: config.server,
             schema: config.schema,

@@ -77,24 +77,29 @@ fn distinct<'a>(loaded: &Loaded, what: &str, names: impl Iterator<Item = &'a str
 fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
     for source in &config.sources {
+        let path = ("path", source.path.is_some());
         let of_sqlite = [
-            ("path", source.path.is_some()),
             ("busy_timeout_ms", source.busy_timeout_ms.is_some()),
             ("keep_changes_seconds", source.keep_changes_seconds.is_some()),
         ];
+        let server = ("server", source.server.is_some());
         let of_postgres = [
-            ("server", source.server.is_some()),
             ("schema", source.schema.is_some()),
             ("publication", source.publication.is_some()),
             ("slot", source.slot.is_some()),
             ("manage", source.manage.is_some()),
         ];
         let object = format!("source {}", source.name);
-        let (own, foreign, kind) = match source.kind {
-            SourceKind::Sqlite => (&of_sqlite[..], &of_postgres[..], "postgres"),
-            SourceKind::Postgres => (&of_postgres[..], &of_sqlite[..], "sqlite"),
+        let foreign: &[(Keys<'_>, &str)] = match source.kind {
+            SourceKind::Sqlite => &[(&[server], "postgres"), (&of_postgres, "postgres")],
+            SourceKind::Postgres => &[(&[path], "sqlite"), (&of_sqlite, "sqlite")],
+            SourceKind::Files => &[(&of_sqlite, "sqlite"), (&[server], "postgres"), (&of_postgres, "postgres")],
         };
-        keys(loaded, &object, own, foreign, kind, found);
+        let needed = if source.kind == SourceKind::Postgres { server } else { path };
+        keys(loaded, &object, &[needed], &[], "", found);
+        for (theirs, kind) in foreign {
+            keys(loaded, &object, &[], theirs, kind, found);
+        }
         if let Some(slot) = source.slot.as_ref().filter(|slot| !is_slot_name(slot)) {
             let cause = format!("slot {slot:?} is no name of a slot: use a to z, 0 to 9 and _, 63 letters at most");
             found.push(loaded.wrong(&object, &cause));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 
 /// Crates that speak to one outside system each.
-const SYSTEMS: [&str; 3] = ["shori-sqlite", "shori-duckdb", "shori-postgres"];
+const SYSTEMS: [&str; 4] = ["shori-sqlite", "shori-duckdb", "shori-postgres", "shori-files"];
 
 /// Drivers, servers and files: none of them is the core's business.
 const DRIVERS: [&str; 14] = [
@@ -64,6 +64,8 @@ fn a_source_uses_no_driver_of_another_system() {
     let packages = packages();
     let sqlite = packages.iter().find(|package| package.name == "shori-sqlite").unwrap();
     assert!(!uses(sqlite, true).contains("duckdb"));
+    let files = packages.iter().find(|package| package.name == "shori-files").unwrap();
+    assert!(DRIVERS.iter().all(|driver| !uses(files, true).contains(*driver)));
 }
 
 #[test]

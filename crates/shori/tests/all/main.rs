@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod answers;
+mod change_logs;
 mod crates;
 mod demo;
 mod failpoints;
