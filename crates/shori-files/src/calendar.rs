@@ -35,7 +35,11 @@ pub struct Date(pub i64);
 impl fmt::Display for Date {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (year, month, day) = civil(self.0);
-        if (0..=9_999).contains(&year) { write!(f, "{year:04}")? } else { write!(f, "{year:+05}")? }
+        if (0..=9_999).contains(&year) {
+            write!(f, "{year:04}")?
+        } else {
+            write!(f, "{year:+05}")?
+        }
         write!(f, "-{month:02}-{day:02}")
     }
 }
@@ -130,7 +134,17 @@ mod tests {
 
     #[test]
     fn what_is_no_date_or_time_is_refused() {
-        for text in ["", "-", "2023-02-29", "2024-13-01", "2024-1-01", "+2024-01-01", "2024-01-01x", "é-01-01", "999999999-01-01"] {
+        for text in [
+            "",
+            "-",
+            "2023-02-29",
+            "2024-13-01",
+            "2024-1-01",
+            "+2024-01-01",
+            "2024-01-01x",
+            "é-01-01",
+            "999999999-01-01",
+        ] {
             assert_eq!(parse_date(text), None, "{text}");
         }
         for text in ["", "24:00:00.000001", "1:00:00.000000", "10:60:00.000000", "10:00:00", "10:00:00.1"] {

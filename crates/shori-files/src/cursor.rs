@@ -158,7 +158,9 @@ fn must_not_be_asked_anew(
     name: &FileName,
     head: &Head,
 ) -> Result<()> {
-    if progress.state != SnapshotState::Requested || stored.staged == Position::ZERO {
+    // The first one is asked for by the log itself, and begins where the files have it.
+    let is_first = progress.generation <= 1 || stored.staged == Position::ZERO;
+    if progress.state != SnapshotState::Requested || is_first {
         return Ok(());
     }
     let goes_on = |told: SnapshotProgress| !is_over(&told, &stored.boundary) && told.start >= stored.boundary;

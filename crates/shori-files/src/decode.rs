@@ -49,7 +49,11 @@ impl BatchBuilder {
             return Err(format!("column {name} is not in the header, or not in its order"));
         }
         self.is_partial |= !mask.is_empty();
-        if mask.is_empty() { self.unchanged.append_null() } else { self.unchanged.append_value(&mask) }
+        if mask.is_empty() {
+            self.unchanged.append_null()
+        } else {
+            self.unchanged.append_value(&mask)
+        }
         self.head.push(&change.position, change.op, change.commit_time);
         Ok(())
     }

@@ -52,7 +52,10 @@ fn parse_head(line: &[u8]) -> std::result::Result<Head, String> {
     }
     let header: Header = serde_json::from_str(text).map_err(|cause| cause.to_string())?;
     if header.format != FORMAT || header.version > VERSION {
-        return Err(format!("it is a {} of version {}, and this program reads a {FORMAT} of version {VERSION}", header.format, header.version));
+        return Err(format!(
+            "it is a {} of version {}, and this program reads a {FORMAT} of version {VERSION}",
+            header.format, header.version
+        ));
     }
     let schema = TableSchema::from_json(text).map_err(|cause| cause.to_string())?;
     Ok(Head { header, schema: Arc::new(schema), bytes: line.len() as u64 })
@@ -68,7 +71,10 @@ pub fn read_end(folder: &Path, name: &FileName) -> Result<End> {
         file.take(END_BYTES_MAX).read_to_end(&mut tail)
     };
     read().map_err(|cause| folder_error("read", &path, cause))?;
-    let cut_off = || Error::new(ErrorKind::Corrupt, "read", format!("file {}", path.display()), "its end is missing: it is cut off").with_remedy(REMEDY);
+    let cut_off = || {
+        Error::new(ErrorKind::Corrupt, "read", format!("file {}", path.display()), "its end is missing: it is cut off")
+            .with_remedy(REMEDY)
+    };
     let lines = tail.strip_suffix(b"\n").ok_or_else(cut_off)?;
     let last = lines.rsplit(|byte| *byte == b'\n').next().unwrap_or(lines);
     match read_line(last) {

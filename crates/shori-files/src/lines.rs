@@ -178,8 +178,10 @@ pub fn write_change(out: &mut Vec<u8>, batch: &ChangeBatch, row: usize) -> Resul
         out.push(b'}');
     }
     if (0..fields.len()).any(is_unchanged) {
-        let names: Vec<&str> =
-            (0..fields.len()).filter(|column| is_unchanged(*column)).map(|column| fields[column].name().as_str()).collect();
+        let names: Vec<&str> = (0..fields.len())
+            .filter(|column| is_unchanged(*column))
+            .map(|column| fields[column].name().as_str())
+            .collect();
         write!(out, ",\"unchanged\":{}", serde_json::json!(names)).map_err(unwritten)?;
     }
     out.extend_from_slice(b"}\n");
@@ -283,7 +285,13 @@ pub fn read_line(text: &[u8]) -> std::result::Result<Line<'_>, String> {
     match line {
         AnyLine { position: Some(position), op: Some(op), commit_time: Some(time), row, unchanged, .. } => {
             let cells = row.unwrap_or(RowCells(Vec::new()));
-            Ok(Line::Change(ChangeLine { position: position.position(), op: op.0, commit_time: time.0, cells, unchanged }))
+            Ok(Line::Change(ChangeLine {
+                position: position.position(),
+                op: op.0,
+                commit_time: time.0,
+                cells,
+                unchanged,
+            }))
         }
         AnyLine { boundary: Some(boundary), boundary_time: Some(time), changes: Some(changes), .. } => {
             Ok(Line::End(End { up_to: boundary.position(), boundary_time: Some(time.0), changes }))

@@ -47,7 +47,8 @@ fn position_text(position: &Position) -> String {
 }
 
 fn parse_position(text: &str) -> Option<Position> {
-    let key = |text: &str| if text == "0" { Some(SortKey::EMPTY) } else { parse_key(text).filter(|key| !key.is_empty()) };
+    let key =
+        |text: &str| if text == "0" { Some(SortKey::EMPTY) } else { parse_key(text).filter(|key| !key.is_empty()) };
     let (lsn, seq) = text.split_once('-')?;
     Some(Position::new(key(lsn)?, key(seq)?))
 }
@@ -81,7 +82,8 @@ pub fn is_unfinished(name: &str) -> bool {
 pub fn table_folder(root: &Path, table: &str) -> PathBuf {
     let mut name = String::with_capacity(table.len());
     for (index, letter) in table.bytes().enumerate() {
-        let is_plain = letter.is_ascii_alphanumeric() || letter == b'_' || letter == b'-' || letter == b'.' && index > 0;
+        let is_plain =
+            letter.is_ascii_alphanumeric() || letter == b'_' || letter == b'-' || letter == b'.' && index > 0;
         if is_plain { name.push(char::from(letter)) } else { name.push_str(&format!("%{letter:02x}")) }
     }
     root.join(name)
@@ -181,7 +183,9 @@ mod tests {
         }
         let long = FileName { after: Position::ZERO, up_to: longest, is_whole: false };
         assert_eq!(FileName::parse(&long.to_string()), Some(long));
-        for text in ["", ".jsonl", "0-0.jsonl", "0-0_0.jsonl", "0-0_0-0.json", "-_0-0.jsonl", "0-0_0G-0.jsonl", "0-0_é-0.jsonl"] {
+        for text in
+            ["", ".jsonl", "0-0.jsonl", "0-0_0.jsonl", "0-0_0-0.json", "-_0-0.jsonl", "0-0_0G-0.jsonl", "0-0_é-0.jsonl"]
+        {
             assert_eq!(FileName::parse(text), None, "{text}");
         }
     }

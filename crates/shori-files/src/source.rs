@@ -71,7 +71,8 @@ impl Source for FilesSource {
         let until = Instant::now() + at_most;
         let mut pause = POLL_MIN;
         loop {
-            let waits = self.run(|cursor| Ok(cursor.target.is_some() || cursor::next_target(&cursor)?.is_some())).await?;
+            let waits =
+                self.run(|cursor| Ok(cursor.target.is_some() || cursor::next_target(&cursor)?.is_some())).await?;
             let now = Instant::now();
             if waits || now >= until {
                 return Ok(());

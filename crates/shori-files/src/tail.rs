@@ -121,7 +121,8 @@ impl Tail {
             Ok(Line::Change(change)) => {
                 let name = self.place.name;
                 if change.position <= name.after || change.position > name.up_to {
-                    let cause = format!("the change at {} is not between those that the file's name has", change.position);
+                    let cause =
+                        format!("the change at {} is not between those that the file's name has", change.position);
                     return Err(self.damaged(cause));
                 }
                 Some(change.position)

@@ -139,7 +139,9 @@ impl<'de> Deserialize<'de> for Cell<'de> {
             }
 
             fn visit_u64<E: de::Error>(self, value: u64) -> Result<Self::Value, E> {
-                i64::try_from(value).map(Cell::Integer).map_err(|_| E::custom("the integer is too large for any column"))
+                i64::try_from(value)
+                    .map(Cell::Integer)
+                    .map_err(|_| E::custom("the integer is too large for any column"))
             }
 
             fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {

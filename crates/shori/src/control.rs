@@ -50,13 +50,29 @@ const START_WAIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
-    Query { store: String, sql: String },
+    Query {
+        store: String,
+        sql: String,
+    },
     /// What the log of a store knows of its captures.
-    Captures { store: String },
+    Captures {
+        store: String,
+    },
     /// Changes of a capture with `after < position <= up_to`.
-    Log { store: String, source: String, instance: String, after: logged::Place, up_to: logged::Place },
-    Rebuild { projection: String },
-    Resnapshot { table: String, retyped: bool },
+    Log {
+        store: String,
+        source: String,
+        instance: String,
+        after: logged::Place,
+        up_to: logged::Place,
+    },
+    Rebuild {
+        projection: String,
+    },
+    Resnapshot {
+        table: String,
+        retyped: bool,
+    },
     Compact,
     Pid,
 }

@@ -33,7 +33,8 @@ fn schema() -> Arc<TableSchema> {
         DataType::Decimal128(18, 2),
         DataType::Decimal128(38, 38),
     ];
-    let field = |(index, data_type): (usize, &DataType)| Field::new(format!("c\"{index}é"), data_type.clone(), index > 0);
+    let field =
+        |(index, data_type): (usize, &DataType)| Field::new(format!("c\"{index}é"), data_type.clone(), index > 0);
     let fields = types.iter().enumerate().map(field).collect();
     Arc::new(TableSchema::new("all types", fields, &["c\"0é"]).unwrap())
 }
@@ -63,7 +64,9 @@ fn value(rng: &mut ChaCha8Rng, data_type: &DataType) -> Value {
         DataType::Float64 => {
             let any = f64::from_bits(rng.random());
             let known = [0.0, -0.0, 5e-324, f64::MAX, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.1, 1e23];
-            Value::Float(if any.is_nan() || rng.random_ratio(1, 3) { *known.choose(rng).unwrap() } else { any }.to_bits())
+            Value::Float(
+                if any.is_nan() || rng.random_ratio(1, 3) { *known.choose(rng).unwrap() } else { any }.to_bits(),
+            )
         }
         DataType::Utf8 => {
             let letters = ['a', '"', '\\', '\n', '\u{0}', '\u{7f}', 'é', '\u{2028}', '🦀', '{', '/'];
@@ -89,7 +92,8 @@ fn value(rng: &mut ChaCha8Rng, data_type: &DataType) -> Value {
 /// A run of changes, which go on at `next`.
 fn batch(rng: &mut ChaCha8Rng, schema: &Arc<TableSchema>, next: &mut u64) -> ChangeBatch {
     let fields = schema.columns.fields();
-    let (mut head, mut rows, mut masks) = (ChangeHeadBuilder::default(), Vec::<Row>::new(), Vec::<Option<Vec<u8>>>::new());
+    let (mut head, mut rows, mut masks) =
+        (ChangeHeadBuilder::default(), Vec::<Row>::new(), Vec::<Option<Vec<u8>>>::new());
     for _ in 0..rng.random_range(0..40) {
         *next += rng.random_range(1..5);
         let op = Op::from_u8(rng.random_range(0..=5)).unwrap();
@@ -139,9 +143,16 @@ async fn random_changes_of_every_type_come_back() {
             assert_eq!(reader.watermark.unwrap().boundary, end, "seed {seed}");
         }
         let whole = |batches: &[ChangeBatch]| {
-            ChangeBatch::concat(batches).unwrap().map(|batch| batch.to_record_batch().unwrap()).filter(|all| all.num_rows() > 0)
+            ChangeBatch::concat(batches)
+                .unwrap()
+                .map(|batch| batch.to_record_batch().unwrap())
+                .filter(|all| all.num_rows() > 0)
         };
         let read = reader.changes.into_values().next().unwrap_or_default();
-        assert_eq!(whole(&read).map(|all| all.columns().to_vec()), whole(&written).map(|all| all.columns().to_vec()), "seed {seed}");
+        assert_eq!(
+            whole(&read).map(|all| all.columns().to_vec()),
+            whole(&written).map(|all| all.columns().to_vec()),
+            "seed {seed}"
+        );
     }
 }

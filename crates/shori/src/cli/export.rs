@@ -187,7 +187,9 @@ impl Export {
             }
         }
         for now in reach.captures(loaded)? {
-            let Some((then, table)) = captures.iter().zip(&tables).find(|(then, _)| then.id == now.id) else { continue };
+            let Some((then, table)) = captures.iter().zip(&tables).find(|(then, _)| then.id == now.id) else {
+                continue;
+            };
             if now.horizon != then.horizon && (table.is_new() || now.horizon > table.end()) {
                 return Ok(None);
             }
@@ -212,12 +214,7 @@ fn must_still_follow(capture: &LoggedCapture, table: &TableLog) -> Result<()> {
     ))
 }
 
-fn write_range<'a>(
-    loaded: &Loaded,
-    reach: &Reach,
-    capture: &LoggedCapture,
-    table: &'a TableLog,
-) -> Result<Range<'a>> {
+fn write_range<'a>(loaded: &Loaded, reach: &Reach, capture: &LoggedCapture, table: &'a TableLog) -> Result<Range<'a>> {
     let mut writer = table.write(capture.horizon, &capture.snapshots);
     let between = (&table.end(), &capture.boundary.boundary);
     reach.log(loaded, &capture.id, between, &mut |batch| writer.push(&batch))?;

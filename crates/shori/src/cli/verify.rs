@@ -155,7 +155,7 @@ pub fn verify(loaded: &Loaded) -> Result<Report> {
             reports.insert(configured.name.clone(), report);
         }
     }
-    for one in &looked {
+    for one in looked.iter().filter(|one| one.source.kind != SourceKind::Files) {
         let of_it = enabled(loaded).filter(|projection| !reports.contains_key(&projection.name) && one.has(projection));
         let input = input(loaded, one, of_it, reach.is_running())?;
         if !input.projections.is_empty() {

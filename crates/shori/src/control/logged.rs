@@ -205,12 +205,8 @@ mod tests {
         let fields = vec![Field::new("lsn", DataType::Int64, false), Field::new("op", DataType::Int64, true)];
         let schema = Arc::new(TableSchema::new("t", fields, &["lsn"]).unwrap());
         let id = CaptureId::new("s", "t");
-        let done = SnapshotProgress {
-            state: SnapshotState::Done,
-            end: at(3),
-            end_time: 7,
-            ..SnapshotProgress::requested(1)
-        };
+        let done =
+            SnapshotProgress { state: SnapshotState::Done, end: at(3), end_time: 7, ..SnapshotProgress::requested(1) };
         let capture = LoggedCapture {
             id: id.clone(),
             schema: schema.clone(),
