@@ -1,7 +1,7 @@
 //! Where reading stands: plain data, so that a call that is given up leaves it as it was.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use shori_core::position::{CaptureId, Micros, Position, Watermark};
@@ -114,9 +114,9 @@ pub fn start(config: &FilesConfig, resume: &BTreeMap<CaptureId, Resume>) -> Resu
                 captures.push(CaptureInfo { id, schema: table.schema.clone() });
                 tables.push(table);
             }
-            // Whoever puts the files back can go on: nothing is marked.
-            Err(error) if matches!(error.kind(), ErrorKind::Gap | ErrorKind::Corrupt) => return Err(error),
-            Err(error) => failed.push((id, error)),
+            Err(error) if error.kind() == ErrorKind::Schema => failed.push((id, error)),
+            // Whoever puts the files back can go on: no capture is marked.
+            Err(error) => return Err(error),
         }
     }
     let lowest = tables.iter().map(|table| table.stored).min_by_key(|mark| mark.staged);
@@ -134,7 +134,11 @@ fn start_table(
     let folder = names::table_folder(&config.path, &id.instance);
     let stored = resume.map_or(Watermark::ZERO, |known| known.watermark);
     let progress = resume.map_or_else(|| SnapshotProgress::requested(1), |known| known.snapshot.clone());
-    let (chain, shown) = (must_have_files(config, id)?, &stored.staged);
+    let shown = &stored.staged;
+    let chain = must_have_files(config, id).map_err(|error| match error.kind() {
+        ErrorKind::Schema if *shown != Position::ZERO => files_are_gone(&folder, shown),
+        _ => error,
+    })?;
     let name = match (chain.following(shown), chain.beyond(shown), chain.last()) {
         (Some(name), ..) => name,
         (None, Some(beyond), _) => return Err(gap(&folder, shown, &beyond)),
@@ -168,8 +172,14 @@ fn must_not_be_asked_anew(
         return Ok(());
     }
     let cause = "its rows come from change log files, which are in the log up to here, and do not come a second time";
-    Err(Error::new(ErrorKind::Refused, "resnapshot", format!("table {}", id.instance), cause)
+    Err(Error::new(ErrorKind::Schema, "resnapshot", format!("table {}", id.instance), cause)
         .with_remedy("start a new pipeline from the files, with stores of its own"))
+}
+
+fn files_are_gone(folder: &Path, shown: &Position) -> Error {
+    let cause = format!("it has been read up to {shown}, and there are no files any more");
+    Error::new(ErrorKind::Gap, "read", format!("change log {}", folder.display()), cause)
+        .with_remedy("put the files back")
 }
 
 pub fn must_have_files(config: &FilesConfig, id: &CaptureId) -> Result<Chain> {
@@ -179,7 +189,7 @@ pub fn must_have_files(config: &FilesConfig, id: &CaptureId) -> Result<Chain> {
 
 pub fn no_files(config: &FilesConfig, id: &CaptureId) -> Error {
     let cause = format!("there are no files of it in {}", config.path.display());
-    Error::new(ErrorKind::Unavailable, "read", format!("the change log of table {}", id.instance), cause)
+    Error::new(ErrorKind::Schema, "read", format!("the change log of table {}", id.instance), cause)
         .with_remedy("name a table that has been exported, or export it: shori export")
 }
 

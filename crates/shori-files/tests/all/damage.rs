@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field};
 use shori_core::schema::TableSchema;
+use shori_core::source::Source;
 use shori_core::testing::value::row;
 use shori_core::{Error, ErrorKind};
 use shori_files::{LogFolder, Origin};
@@ -101,6 +102,19 @@ async fn files_that_were_read_may_be_taken_away() {
     logs.write(&orders(), &[changes(&orders(), &[(41, row([1.into(), "more".into()]))])], &boundary(45), &[]);
     read(&logs, &mut reader).await.unwrap();
     assert_eq!(reader.positions().len(), 9);
+}
+
+#[tokio::test]
+async fn a_folder_that_is_gone_for_a_while_marks_no_table() {
+    let logs = written();
+    let mut reader = Reader::default();
+    read(&logs, &mut reader).await.unwrap();
+    let (folder, aside) = (logs.path().join("orders"), logs.path().join("aside"));
+    std::fs::rename(&folder, &aside).unwrap();
+    let error = logs.source(&["orders"]).start(&reader.known).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Gap && error.to_string().contains("put the files back"), "{error}");
+    std::fs::rename(&aside, &folder).unwrap();
+    read(&logs, &mut reader).await.unwrap();
 }
 
 #[tokio::test]

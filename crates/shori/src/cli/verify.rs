@@ -13,9 +13,7 @@ use shori_duckdb::database::{Database, quote_text};
 
 use super::Which;
 use super::reach::{self, Reach};
-use crate::config::{
-    DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind,
-};
+use crate::config::{DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind};
 use crate::systems::System;
 use crate::verify::{
     self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
