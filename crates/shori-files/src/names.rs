@@ -55,7 +55,7 @@ fn parse_position(text: &str) -> Option<Position> {
 
 /// Bytes from their hexadecimal digits in lower case.
 pub fn parse_key(text: &str) -> Option<SortKey> {
-    if text.len() % 2 != 0 || text.len() > 2 * SORT_KEY_MAX_BYTES {
+    if !text.len().is_multiple_of(2) || text.len() > 2 * SORT_KEY_MAX_BYTES {
         return None;
     }
     let digit = |letter: u8| match letter {
