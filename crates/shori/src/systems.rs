@@ -133,23 +133,19 @@ impl System {
         match self {
             Self::Sqlite(config) => make_sqlite_sample(&config.path, script),
             Self::Postgres(config) => shori_postgres::execute(&config.server, script).await,
-            Self::Files(config) => {
-                let object = format!("change logs {}", config.path.display());
-                let cause = "they are written by the pipeline that has the log";
-                Err(Error::new(ErrorKind::Usage, "create sample tables in", object, cause)
-                    .with_remedy("have them exported: shori export"))
-            }
+            Self::Files(config) => Err(no_sample(config)),
         }
     }
 
     /// What writes to the sample tables of such a source.
-    pub fn application(&self) -> Application {
-        match self {
+    pub fn application(&self) -> Result<Application> {
+        Ok(match self {
             Self::Sqlite(config) => Application::Shop(Shop::new(&config.path)),
             Self::Postgres(config) => {
                 Application::Orders(Orders { server: config.server.clone(), schema: config.schema.clone() })
             }
-        }
+            Self::Files(config) => return Err(no_sample(config)),
+        })
     }
 
     /// What is above the watermark with this `lsn` in hexadecimal; `None` where that is not a position of this source.
@@ -168,6 +164,12 @@ impl System {
             Self::Files(config) => shori_files::bytes_above(config, lsn).map(|bytes| bytes.map(Backlog::LogBytes)),
         }
     }
+}
+
+fn no_sample(config: &FilesConfig) -> Error {
+    let object = format!("change logs {}", config.path.display());
+    let cause = "they are written by the pipeline that has the log";
+    Error::new(ErrorKind::Usage, "have sample tables in", object, cause).with_remedy("have them exported: shori export")
 }
 
 fn make_sqlite_sample(path: &Path, script: &str) -> Result<()> {

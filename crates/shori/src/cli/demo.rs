@@ -183,7 +183,7 @@ impl Demo {
         // Triggers must stand before the first change, else the snapshot alone would see it.
         handle.ready().await?;
         let source = &loaded.config.sources[0];
-        let application = System::of(loaded, source)?.application();
+        let application = System::of(loaded, source)?.application()?;
         let rate = self.rate.or(self.changes.is_none().then_some(ENDLESS_RATE));
         let pacing = rate.map_or(Pacing::FlatOut, Pacing::Rate);
         let workload = Workload { changes: self.changes, pacing, seed: self.seed, ..Workload::default() };

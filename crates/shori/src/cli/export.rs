@@ -28,7 +28,7 @@ use crate::control::logged::LoggedCapture;
 )]
 pub struct Export {
     #[command(flatten)]
-    which: Which,
+    pub(super) which: Which,
     /// The folder; data/cdc_logs beside the configuration if not given
     #[arg(long, value_name = "DIR")]
     to: Option<PathBuf>,

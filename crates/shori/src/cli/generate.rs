@@ -56,7 +56,7 @@ pub struct Generate {
 impl Generate {
     pub fn act(self) -> Result<ExitCode> {
         let loaded = self.which.load()?;
-        let application = System::of(&loaded, sample_source(&loaded)?)?.application();
+        let application = System::of(&loaded, sample_source(&loaded)?)?.application()?;
         let workload = Workload {
             changes: self.changes,
             pacing: self.pacing(&loaded),
@@ -104,6 +104,7 @@ fn sample_source(loaded: &Loaded) -> Result<&SourceConfig> {
     let has_sample = |source: &&SourceConfig| match source.kind {
         SourceKind::Sqlite => true,
         SourceKind::Postgres => loaded.config.pipeline.sample.is_some(),
+        SourceKind::Files => false,
     };
     loaded.config.sources.iter().find(has_sample).ok_or_else(|| {
         let cause = "this pipeline has no sample tables, and nothing writes to tables that are not samples";

@@ -176,6 +176,7 @@ impl Verb {
             Verb::Resnapshot(verb) => &verb.which,
             Verb::Verify(verb) => &verb.which,
             Verb::Compact(verb) => &verb.which,
+            Verb::Export(verb) => &verb.which,
             Verb::Query(verb) => &verb.which,
             Verb::Demo(_) | Verb::Bench(_) | Verb::Completions { .. } => return None,
         })
