@@ -22,7 +22,7 @@ use crate::position::{CaptureId, Position, Watermark};
 use crate::recent::Recent;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::schema::SchemaChange;
-use crate::source::{BatchLimit, CaptureInfo, Resume, Source, SourceBatch, Started};
+use crate::source::{BatchLimit, CaptureInfo, Resume, SnapshotProgress, Source, SourceBatch, Started};
 use crate::store::{Append, Appended, CaptureState, Store};
 
 /// Appends for each step of a projector that is busy.
@@ -351,10 +351,17 @@ impl Ingestor {
             let (capture, reason) = (rejected.capture.clone(), rejected.reason.clone());
             self.events.send(Event::Rejected { capture, count: 1, reason });
         }
-        for (capture, progress) in &batch.snapshots {
+        let log = self.log.borrow();
+        let was_done = |capture: &CaptureId, progress: &SnapshotProgress| {
+            let known = log.captures.get(capture).map(|state| &state.snapshot);
+            known.is_some_and(|known| known.is_done() && known.generation == progress.generation)
+        };
+        // A source that polls keeps its place in the progress of a snapshot that has ended.
+        for (capture, progress) in batch.snapshots.iter().filter(|(capture, progress)| !was_done(capture, progress)) {
             let (rows, done) = (progress.rows, progress.is_done());
             self.events.send(Event::Snapshot { capture: capture.clone(), rows, done });
         }
+        drop(log);
         self.log.send_modify(|log| publish(log, batch, session));
         Ok(())
     }

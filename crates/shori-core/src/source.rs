@@ -17,7 +17,8 @@ use crate::schema::TableSchema;
 ///
 /// - **Order.** [`next`](Source::next) returns changes in position order, across all captures of the timeline: every
 ///   position in a batch is above the watermark of the batch before, and at or below its own. Positions of one change
-///   are the same on every reading, also after a restart.
+///   are the same on every reading, also after a restart; a source that polls tables has changes for as long only as they
+///   are in the log, and gives what is not a higher place on the next reading.
 /// - **Resumption.** After [`start`](Source::start), reading goes on above the lowest watermark given; captures with a
 ///   higher one may see changes again, which the store drops by position. A source keeps nothing durable of its own
 ///   about what was read: the watermarks given are the truth (contract 5). The end of what there is to read is never
@@ -170,7 +171,8 @@ pub struct SnapshotProgress {
     /// Source time at the end; the commit time of deletions that it finds.
     pub end_time: Micros,
     pub rows: u64,
-    /// Where the source goes on, in its own encoding; empty before the first chunk.
+    /// Where the source goes on, in its own encoding; empty before the first chunk. A source that keeps no place in its
+    /// system's log may keep it here after the end, too: it tells the progress again, with another one.
     pub resume: Vec<u8>,
 }
 

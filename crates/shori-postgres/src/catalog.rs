@@ -114,7 +114,7 @@ impl Types {
 }
 
 /// What a table's rows are told apart by, and why not.
-pub(crate) async fn key_of(client: &Client, table: &str, oid: u32) -> Result<Vec<String>> {
+pub(crate) async fn key_of(client: &Client, table: &str, oid: u32, is_polled: bool) -> Result<Vec<String>> {
     let query = "
         select c.relreplident::text, i.indisprimary, i.indisreplident, array(
             select a.attname::text
@@ -138,7 +138,7 @@ pub(crate) async fn key_of(client: &Client, table: &str, oid: u32) -> Result<Vec
         found.map(|row: &Row| row.get::<_, Vec<String>>(3))
     };
     match identity.as_str() {
-        "n" => refuse(
+        "n" if !is_polled => refuse(
             "its replica identity is nothing: updates and deletes do not tell their row",
             format!("alter table {table} replica identity default"),
         ),
@@ -198,19 +198,21 @@ pub(crate) async fn layout(
     })?;
     let (oid, kind, persistence): (u32, String, String) = (row.get(0), row.get(1), row.get(2));
     if !matches!(kind.as_str(), "r" | "p") {
-        return Err(refuse("it is no table: views and foreign tables are not in the log".into()));
+        return Err(refuse("it is no table: views and foreign tables cannot be captured".into()));
     }
     if persistence != "p" {
         return Err(refuse("it is not logged: unlogged and temporary tables are not in the log".into())
             .with_remedy(format!("alter table {name} set logged")));
     }
-    let key = key_of(client, &name, oid).await?;
+    let is_polled = config.polls.is_some();
+    let key = key_of(client, &name, oid, is_polled).await?;
     let query = "
         select attname::text, atttypid, atttypmod, attnotnull
         from pg_catalog.pg_attribute
-        where attrelid = $1 and attnum > 0 and not attisdropped and attgenerated = ''
+        where attrelid = $1 and attnum > 0 and not attisdropped and (attgenerated = '' or $2)
         order by attnum";
-    let rows = client.query(query, &[&oid]).await.map_err(fail)?;
+    // Generated columns are not in the stream.
+    let rows = client.query(query, &[&oid, &is_polled]).await.map_err(fail)?;
     let sent: Vec<Sent> = rows
         .iter()
         .map(|row| Sent {

@@ -1,4 +1,5 @@
-//! PostgreSQL as a source, by logical replication (`pgoutput`), and as a store (see [`store`]).
+//! PostgreSQL as a source, by logical replication (`pgoutput`) or by polling a timestamp column, and as a store (see
+//! [`store`]).
 //!
 //! # Constraints of the source
 //!
@@ -19,8 +20,9 @@
 //!
 //! `connect` makes connections and `replication` reads one; `setup` and `catalog` ask the server what it is and has.
 //! `start` finds where reading goes on, `stream` places row images and gathers them into a `batch`, `snapshot` reads
-//! tables whole, and `source` joins them under the contract of [`shori_core::source::Source`]. `look` is for verbs that
-//! do not read.
+//! tables whole, and `source` joins them under the contract of [`shori_core::source::Source`]. `visibility` tells which
+//! transactions a snapshot shows. `poll` is the other source, for servers that give no slot. `look` is for verbs that do
+//! not read.
 
 mod batch;
 mod catalog;
@@ -32,6 +34,7 @@ mod look;
 pub mod message;
 mod numeric;
 mod plain_values;
+mod poll;
 pub mod positions;
 mod reader;
 mod replication;
@@ -41,11 +44,14 @@ mod source;
 mod start;
 pub mod store;
 mod stream;
+mod visibility;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 pub use connect::{Server, Session, Tls, sql_error};
 pub use look::{Inspected, execute, inspect, install, log_bytes_above, sample};
+pub use poll::PollSource;
 pub use source::PostgresSource;
 pub use store::PostgresStore;
 
@@ -64,6 +70,23 @@ pub struct PostgresConfig {
     pub manage: bool,
     /// Most rows that one snapshot chunk holds.
     pub snapshot_chunk_rows: usize,
+    /// If given, tables are polled by a timestamp column: publication and slot are not used.
+    pub polls: Option<Polls>,
+}
+
+/// How tables are polled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Polls {
+    /// From the beginning of one poll to that of the next.
+    pub every: Duration,
+    /// How far before a poll the next one looks, beyond what is known of open transactions.
+    pub overlap: Duration,
+}
+
+impl Default for Polls {
+    fn default() -> Self {
+        Self { every: Duration::from_secs(10), overlap: Duration::from_secs(60) }
+    }
 }
 
 impl PostgresConfig {
@@ -85,4 +108,6 @@ pub struct PostgresTable {
     pub name: String,
     /// `text` by column, for those that are carried as the server prints them.
     pub columns: BTreeMap<String, String>,
+    /// Of polled tables: the timestamp column that every insert and update sets.
+    pub changed_at: Option<String>,
 }

@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use shori_core::change::ChangeBatch;
-use shori_core::position::{CaptureId, Position};
+use shori_core::position::CaptureId;
 use shori_core::source::{BatchLimit, CaptureInfo, SnapshotProgress};
-use shori_core::{Error, Result};
+use shori_core::{Error, ErrorKind, Result};
 
-use crate::PostgresConfig;
 use crate::catalog::{self, Types};
 use crate::connect::Server;
 use crate::setup::{self, Facts};
 use crate::snapshot;
 use crate::start::check_reaches;
 use crate::stream::Capture;
+use crate::{PostgresConfig, poll};
 
 /// Bytes of one table's sample.
 const SAMPLE_MAX_BYTES: usize = 16 << 20;
@@ -26,6 +26,8 @@ pub struct Inspected {
     pub failed: Vec<(CaptureId, Error)>,
     /// Missing rights and settings.
     pub problems: Vec<Error>,
+    /// What capture works without, and who relies on it should know.
+    pub notes: Vec<String>,
 }
 
 pub async fn inspect(config: &PostgresConfig) -> Result<Inspected> {
@@ -36,26 +38,38 @@ pub async fn inspect(config: &PostgresConfig) -> Result<Inspected> {
     let names: Vec<String> = config.tables.iter().map(|table| table.name.clone()).collect();
     let mut problems = setup::missing_rights(client, config, &names).await?;
     problems.extend(Facts::read(client, config).await.err());
-    Ok(Inspected {
-        captures: found
-            .layouts
-            .into_iter()
-            .map(|(table, layout)| CaptureInfo { id: id(&table.name), schema: layout.schema })
-            .collect(),
-        failed: found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect(),
-        problems,
-    })
+    let mut failed: Vec<_> = found.failed.into_iter().map(|(table, error)| (id(&table.name), error)).collect();
+    let mut notes = Vec::new();
+    if config.polls.is_some() {
+        notes.extend(poll::notes(client, config).await?);
+        for (table, layout) in &found.layouts {
+            match poll::hints(client, config, table, layout).await {
+                Ok(hints) => notes.extend(hints),
+                Err(error) if error.kind() == ErrorKind::Schema => failed.push((id(&table.name), error)),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    let captures = found
+        .layouts
+        .into_iter()
+        .map(|(table, layout)| CaptureInfo { id: id(&table.name), schema: layout.schema })
+        .filter(|info| !failed.iter().any(|(id, _)| *id == info.id))
+        .collect();
+    Ok(Inspected { captures, failed, problems, notes })
 }
 
-/// Makes publication and slot. May be repeated. Returns the tables that are captured, and why others are not.
+/// Makes publication and slot, where they are used. May be repeated. Returns the tables that are captured, and why others are not.
 pub async fn install(config: &PostgresConfig) -> Result<(Vec<String>, Vec<Error>)> {
     let session = config.server.connect().await?;
     let client = &session.client;
     Facts::read(client, config).await?;
     let found = catalog::tables(client, config, &mut Types::default()).await?;
     let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
-    let (_, made) = setup::publication(client, config, &names).await?;
-    setup::slot(client, config, made, false).await?;
+    if config.polls.is_none() {
+        let (_, made) = setup::publication(client, config, &names).await?;
+        setup::slot(client, config, made, false).await?;
+    }
     let unique: BTreeSet<String> = names.into_iter().collect();
     Ok((unique.into_iter().collect(), found.failed.into_iter().map(|(_, error)| error).collect()))
 }
@@ -75,9 +89,9 @@ pub async fn sample(config: &PostgresConfig, rows: usize) -> Result<Vec<ChangeBa
             failed: false,
             table,
         };
-        let place = snapshot::Place { read_to: 8, chunk: 0, before: Position::ZERO, time: 0, filter: None };
+        let place = snapshot::Place { read_to: 8, chunk: 0, time: 0, filter: None };
         let limit = BatchLimit { rows, bytes: SAMPLE_MAX_BYTES };
-        sampled.extend(snapshot::read_chunk(&transaction, &capture, &place, limit).await?.rows);
+        sampled.extend(snapshot::read_chunk(transaction.client(), &capture, &place, None, limit).await?.rows);
     }
     Ok(sampled)
 }

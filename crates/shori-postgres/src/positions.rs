@@ -11,6 +11,9 @@
 //! next commit may begin right where the last one ends: the byte before lies above all images of the one, and below those
 //! of the other.
 //!
+//! Of a polled source, `lsn` is when the poll began, in microseconds since 1970, or later where the clock went back. What
+//! it reads are chunks, numbered over all tables; the last one is empty and ends the poll.
+//!
 //! The index counts all images of the transaction, of captured tables or not, in the order they were sent; an update
 //! takes two, whether or not the first is needed. It is then the same in every run, whatever is captured. Chunks are
 //! counted over all captures.

@@ -44,7 +44,7 @@ impl Facts {
         if standby {
             return refuse("it is a standby".into(), "name its primary server");
         }
-        if wal_level != "logical" {
+        if wal_level != "logical" && config.polls.is_none() {
             let remedy = "run: alter system set wal_level = logical; and restart the server";
             return refuse(format!("its wal_level is {wal_level}"), remedy);
         }
@@ -52,7 +52,12 @@ impl Facts {
             select system_identifier::text, pg_catalog.pg_current_wal_lsn() from pg_catalog.pg_control_system()";
         let control = client.query_one(query, &[]).await.map_err(&fail)?;
         let (system, database): (String, u32) = (control.get(0), row.get(3));
-        Ok(Self { identity: format!("postgres {system}/{database}"), wal_end: u64::from(control.get::<_, PgLsn>(1)) })
+        // Positions of the two kinds of capture do not compare: a log holds one of them.
+        let kind = if config.polls.is_some() { " by timestamp" } else { "" };
+        Ok(Self {
+            identity: format!("postgres {system}/{database}{kind}"),
+            wal_end: u64::from(control.get::<_, PgLsn>(1)),
+        })
     }
 }
 
@@ -342,7 +347,9 @@ pub(crate) async fn missing_rights(client: &Client, config: &PostgresConfig, tab
     let row = client.query_one(query, &[&config.publication]).await.map_err(&fail)?;
     let (replicates, is_super, creates, is_published): (bool, bool, bool, bool) =
         (row.get(0), row.get(1), row.get(2), row.get(3));
-    if !replicates {
+    let streams = config.polls.is_none();
+    let manages = streams && config.manage && !is_published;
+    if streams && !replicates {
         let cause = format!("role {} may not replicate", config.server.user);
         lack(config.server.name(), &cause, replication_grant(config));
     }
@@ -369,7 +376,7 @@ pub(crate) async fn missing_rights(client: &Client, config: &PostgresConfig, tab
             let cause = format!("role {} may not read it", config.server.user);
             lack(format!("table {name}"), &cause, format!("grant select on {name} to {user}"));
         }
-        if !is_published && config.manage && !is_super && !row.get::<_, bool>(3) && told.insert("publication") {
+        if manages && !is_super && !row.get::<_, bool>(3) && told.insert("publication") {
             let names: Vec<String> = tables.iter().map(|table| config.qualified(table)).collect();
             let statement = format!(
                 "create publication {} for table {} with (publish_via_partition_root = true)",
@@ -380,7 +387,7 @@ pub(crate) async fn missing_rights(client: &Client, config: &PostgresConfig, tab
             lack(format!("table {name}"), &cause, format!("{statement}, as its owner"));
         }
     }
-    if !is_published && config.manage && !creates {
+    if manages && !creates {
         let statement = format!("grant create on database {} to {user}", quoted(&config.server.database));
         lack(config.server.name(), &format!("role {} may not create a publication", config.server.user), statement);
     }

@@ -15,7 +15,7 @@
 use bytes::Bytes;
 use futures::StreamExt;
 use shori_core::change::{ChangeBatch, Op};
-use shori_core::position::Micros;
+use shori_core::position::{Micros, Position};
 use shori_core::source::{BatchLimit, Rejected, SnapshotProgress, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
 use tokio_postgres::binary_copy::{BinaryCopyOutRow, BinaryCopyOutStream};
@@ -28,45 +28,13 @@ use crate::connect::{quoted, sql_error};
 use crate::message::{Value, WalLocation};
 use crate::positions;
 use crate::stream::Capture;
+use crate::visibility::Visibility;
 
 /// Rows and bytes that a block is taken to hold before it is known.
 const ROWS_PER_BLOCK: f64 = 100.0;
 const BYTES_PER_BLOCK: f64 = 16_384.0;
 /// Blocks read by one statement.
 const BLOCKS_MAX: f64 = 65_536.0;
-
-/// Which transactions a snapshot shows (`pg_current_snapshot`).
-#[derive(Clone, Debug)]
-pub(crate) struct Visibility {
-    /// The first id that was not given yet.
-    next: u64,
-    /// Ids below that are not shown.
-    pub running: Vec<u64>,
-}
-
-impl Visibility {
-    /// As the server prints it: `xmin:xmax:xip,…`.
-    fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.split(':').skip(1);
-        let next = parts.next()?.parse().ok()?;
-        let running = parts.next()?.split(',').filter(|id| !id.is_empty());
-        Some(Self { next, running: running.map(str::parse).collect::<Result<_, _>>().ok()? })
-    }
-
-    /// Whether a transaction that has ended is shown; the stream knows the lower half of its id.
-    pub fn shows(&self, xid: u32) -> bool {
-        let near = (self.next & !u64::from(u32::MAX)) | u64::from(xid);
-        let half = 1 << 31;
-        let id = if near > self.next.saturating_add(half) {
-            near.saturating_sub(1 << 32)
-        } else if near.saturating_add(half) < self.next {
-            near + (1 << 32)
-        } else {
-            near
-        };
-        id < self.next && !self.running.contains(&id)
-    }
-}
 
 /// What a session sees, and when.
 pub(crate) struct Sight {
@@ -89,8 +57,7 @@ impl Sight {
         let row =
             client.query_one(query, &[]).await.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?;
         let text: String = row.get(0);
-        let visibility = Visibility::parse(&text)
-            .ok_or_else(|| Error::new(ErrorKind::Data, "read", "the server's snapshot", format!("{text:?} is none")))?;
+        let visibility = Visibility::read(&text)?;
         let (page, file): (i64, i64) = (row.get(3), row.get(4));
         let wal_end = end_of_record(row.get::<_, PgLsn>(1).into(), page.unsigned_abs(), file.unsigned_abs());
         Ok(Self { visibility, wal_end, time: row.get(2) })
@@ -123,8 +90,11 @@ pub(crate) async fn begin(client: &mut Client) -> Result<Transaction<'_>> {
 pub(crate) struct Chunk {
     pub rows: Option<ChangeBatch>,
     pub rejected: Vec<Rejected>,
-    /// As it is once the chunk is in the log.
-    pub progress: SnapshotProgress,
+    pub bytes: usize,
+    /// Where the next one goes on.
+    pub bookmark: Bookmark,
+    /// Whether nothing of the table is left to be read.
+    pub ended: bool,
 }
 
 /// Where and when a chunk is read.
@@ -133,38 +103,31 @@ pub(crate) struct Place<'a> {
     pub read_to: WalLocation,
     /// The chunk's number there.
     pub chunk: u32,
-    /// What stands before it.
-    pub before: shori_core::position::Position,
     pub time: Micros,
     /// Rows that the publication leaves out are left out.
     pub filter: Option<&'a str>,
 }
 
-/// Reads the next rows of a table within the limit.
+/// Reads the next rows of a table within the limit, in a transaction of the client's.
 pub(crate) async fn read_chunk(
-    transaction: &Transaction<'_>,
+    client: &Client,
     capture: &Capture,
     place: &Place<'_>,
+    bookmark: Option<Bookmark>,
     limit: BatchLimit,
 ) -> Result<Chunk> {
     let layout = &*capture.layout;
-    let mut progress = capture.progress.clone();
-    let has_begun = progress.state != SnapshotState::Requested;
-    if progress.state == SnapshotState::Requested {
-        progress.state = SnapshotState::Running;
-        progress.start = place.before;
-    }
     let mut reader = Reader {
-        transaction,
+        client,
         capture,
         place,
         limit,
         builder: BatchBuilder::new(capture.id.clone(), layout)?,
         rejected: Vec::new(),
         rows: 0,
-        gone: columns_gone(transaction, layout).await?,
+        gone: columns_gone(client, layout).await?,
     };
-    let mut bookmark = Bookmark::decode(&progress.resume)?.filter(|bookmark| bookmark.table == layout.oid);
+    let mut bookmark = bookmark.filter(|bookmark| bookmark.table == layout.oid);
     let ended = loop {
         let Some(part) = reader.part_after(bookmark).await? else { break true };
         let at = reader.read(part).await?;
@@ -173,22 +136,40 @@ pub(crate) async fn read_chunk(
             break false;
         }
     };
-    let end = positions::of_chunk_end(place.read_to, place.chunk)?;
-    progress.resume = bookmark.unwrap_or(Bookmark::nowhere(layout.oid)).encode();
-    progress.rows += reader.builder.len() as u64;
-    // The end is a boundary, by which projections may stop. So it has a chunk of its own that read nothing: by then, all
-    // that the one before it showed has come in the stream.
-    if ended && has_begun && reader.rows == 0 {
-        progress.state = SnapshotState::Done;
-        progress.end = end;
-        progress.end_time = place.time;
+    let bookmark = bookmark.unwrap_or(Bookmark::nowhere(layout.oid));
+    let (bytes, Reader { builder, rejected, .. }) = (reader.builder.bytes(), reader);
+    Ok(Chunk { rows: builder.finish()?, rejected, bytes, bookmark, ended })
+}
+
+impl Chunk {
+    /// Of images that can be carried.
+    pub fn len(&self) -> usize {
+        self.rows.as_ref().map_or(0, ChangeBatch::len)
     }
-    let Reader { builder, rejected, .. } = reader;
-    Ok(Chunk { rows: builder.finish()?, rejected, progress })
+
+    /// How far the snapshot has come once the chunk is in the log, which had come to `before` and stands at `at`.
+    pub fn progress(&self, before: &SnapshotProgress, at: Position, place: &Place<'_>) -> Result<SnapshotProgress> {
+        let mut progress = before.clone();
+        let has_begun = progress.state != SnapshotState::Requested;
+        if !has_begun {
+            progress.state = SnapshotState::Running;
+            progress.start = at;
+        }
+        progress.resume = self.bookmark.encode();
+        progress.rows += self.len() as u64;
+        // The end is a boundary, by which projections may stop. So it has a chunk of its own that read nothing: by then,
+        // all that the one before it showed has come in the stream.
+        if self.ended && has_begun && self.len() == 0 && self.rejected.is_empty() {
+            progress.state = SnapshotState::Done;
+            progress.end = positions::of_chunk_end(place.read_to, place.chunk)?;
+            progress.end_time = place.time;
+        }
+        Ok(progress)
+    }
 }
 
 struct Reader<'a> {
-    transaction: &'a Transaction<'a>,
+    client: &'a Client,
     capture: &'a Capture,
     place: &'a Place<'a>,
     limit: BatchLimit,
@@ -235,7 +216,7 @@ impl Reader<'_> {
             order by part";
         let table = self.capture.layout.oid;
         let from = bookmark.map_or(0, |bookmark| bookmark.part);
-        let rows = self.transaction.query(query, &[&table, &from]).await.map_err(|cause| self.fail(cause))?;
+        let rows = self.client.query(query, &[&table, &from]).await.map_err(|cause| self.fail(cause))?;
         for row in &rows {
             let (part, file): (u32, u32) = (row.get(0), row.get(1));
             let blocks = u32::try_from(row.get::<_, i64>(2)).unwrap_or(u32::MAX);
@@ -263,7 +244,7 @@ impl Reader<'_> {
         let end = from.block.saturating_add(blocks_at_once).min(from.blocks);
         let query = self.query(&from, end).await?;
         let layout = self.capture.layout.clone();
-        let stream = self.transaction.copy_out(&query).await.map_err(|cause| self.fail(cause))?;
+        let stream = self.client.copy_out(&query).await.map_err(|cause| self.fail(cause))?;
         // What a value is, the layout knows: here it is bytes.
         let types = vec![Type::BYTEA; layout.columns.len() + 1];
         let mut stream = std::pin::pin!(BinaryCopyOutStream::new(stream, &types));
@@ -287,7 +268,7 @@ impl Reader<'_> {
 
     async fn query(&self, from: &Bookmark, end: u32) -> Result<String> {
         let name = "select n.nspname::text, c.relname::text from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = $1";
-        let row = self.transaction.query_one(name, &[&from.part]).await.map_err(|cause| self.fail(cause))?;
+        let row = self.client.query_one(name, &[&from.part]).await.map_err(|cause| self.fail(cause))?;
         let (schema, table): (String, String) = (row.get(0), row.get(1));
         let filter = self.place.filter.map(|filter| format!(" and ({filter})")).unwrap_or_default();
         Ok(format!(
@@ -307,20 +288,13 @@ impl Reader<'_> {
     fn push(&mut self, layout: &Layout, row: &BinaryCopyOutRow) -> Result<()> {
         let position = positions::of_chunk_row(self.place.read_to, self.place.chunk, self.rows)?;
         self.rows += 1;
-        let mut raw = Vec::new();
         let mut values = Vec::with_capacity(layout.columns.len());
         for index in 0..layout.columns.len() {
             let value = row.try_get::<Option<Raw<'_>>>(index + 1).map_err(|cause| self.fail(cause))?;
             values.push(value_of(layout, index, value));
         }
         if let Err(reason) = self.builder.push(values.iter().copied(), &position, Op::Snapshot, self.place.time) {
-            for value in &values {
-                if let Value::Text(bytes) | Value::Binary(bytes) = value {
-                    raw.extend_from_slice(bytes);
-                }
-                raw.push(b'\n');
-            }
-            self.rejected.push(Rejected { capture: self.capture.id.clone(), position, reason, raw });
+            self.rejected.push(rejected(self.capture, position, reason, &values));
         }
         Ok(())
     }
@@ -353,6 +327,18 @@ pub(crate) fn value_of<'a>(layout: &Layout, index: usize, raw: Option<Raw<'a>>) 
         Some(Raw(bytes)) if layout.columns[index].as_text => Value::Text(bytes),
         Some(Raw(bytes)) => Value::Binary(bytes),
     }
+}
+
+/// A row that cannot be carried, with its values a line each.
+pub(crate) fn rejected(capture: &Capture, position: Position, reason: String, values: &[Value<'_>]) -> Rejected {
+    let mut raw = Vec::new();
+    for value in values {
+        if let Value::Text(bytes) | Value::Binary(bytes) = value {
+            raw.extend_from_slice(bytes);
+        }
+        raw.push(b'\n');
+    }
+    Rejected { capture: capture.id.clone(), position, reason, raw }
 }
 
 /// Where a row lies: block and line, the binary format of `tid`.
@@ -398,7 +384,7 @@ impl Bookmark {
         Self { table, part: 0, file: 0, blocks: 0, block: 0, row: 0 }
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![BOOKMARK_VERSION];
         for number in [self.table, self.part, self.file, self.blocks, self.block] {
             bytes.extend_from_slice(&number.to_be_bytes());
@@ -495,24 +481,6 @@ impl tokio_postgres::types::ToSql for Parameter<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_snapshot_shows_what_had_ended() {
-        let sight = Visibility::parse("100:110:100,105").unwrap();
-        for (xid, shown) in
-            [(99, true), (100, false), (101, true), (105, false), (109, true), (110, false), (u32::MAX, true)]
-        {
-            assert_eq!(sight.shows(xid), shown, "{xid}");
-        }
-        let wrapped = Visibility::parse(&format!("{0}:{1}:{0}", (7_u64 << 32) - 2, (7_u64 << 32) + 3)).unwrap();
-        for (xid, shown) in
-            [(u32::MAX - 2, true), (u32::MAX - 1, false), (u32::MAX, true), (0, true), (2, true), (3, false)]
-        {
-            assert_eq!(wrapped.shows(xid), shown, "{xid}");
-        }
-        assert!(Visibility::parse("10:10:").unwrap().running.is_empty());
-        assert!(["", "1", "1:2", "1:x:", "1:2:x"].into_iter().all(|text| Visibility::parse(text).is_none()));
-    }
 
     #[test]
     fn a_record_ends_before_the_header_of_the_next_page() {

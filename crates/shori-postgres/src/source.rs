@@ -174,6 +174,7 @@ impl Open {
         let mut types = Types::default();
         let furthest = resume.values().map(|known| known.watermark.staged).max().unwrap_or(Position::ZERO);
         // Before anything is made in it.
+        start::must_be_streamed(config, resume)?;
         start::check_reaches(config, &facts, positions::read_on_at(&furthest)?)?;
         let mut found = catalog::tables(client, config, &mut types).await?;
         start::leave_out_unpublished(client, config, resume, &mut found).await?;

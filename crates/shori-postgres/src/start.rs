@@ -14,7 +14,7 @@ use crate::message::WalLocation;
 use crate::setup::{self, Facts, Published, Slot};
 use crate::snapshot::Bookmark;
 use crate::stream::Capture;
-use crate::{PostgresConfig, PostgresTable, positions};
+use crate::{PostgresConfig, PostgresTable, poll, positions};
 
 /// What can be read, and from where.
 pub(crate) struct Ready {
@@ -34,6 +34,16 @@ pub(crate) struct Ready {
 
 pub(crate) fn has_begun(known: &Resume) -> bool {
     known.snapshot.state != SnapshotState::Requested
+}
+
+/// Refuses a log of the other capture: its positions say something else.
+pub(crate) fn must_be_streamed(config: &PostgresConfig, resume: &BTreeMap<CaptureId, Resume>) -> Result<()> {
+    if !resume.values().any(poll::is_polled) {
+        return Ok(());
+    }
+    let cause = "the log has its changes by timestamp, and it is to be captured by logical replication";
+    Err(Error::new(ErrorKind::SourceReplaced, "capture", config.server.name(), cause)
+        .with_remedy("put back capture = \"timestamp\", or start with an empty log"))
 }
 
 /// Takes up every table that was found, where the log has it.

@@ -10,6 +10,7 @@ mod generate;
 mod places;
 mod refusals;
 mod server;
+mod source;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ pub use entity_path::{EntityPathConfig, ThroughConfig};
 pub use environment::beside;
 pub use generate::GenerateConfig;
 pub use server::{ServerConfig, TlsMode};
+pub use source::{CaptureKind, SourceConfig, SourceKind, TableConfig};
 
 /// A pipeline, as configured.
 #[derive(Clone, Debug, Deserialize)]
@@ -56,48 +58,6 @@ pub struct PipelineConfig {
     pub dir: Option<PathBuf>,
     /// SQL file that makes the pipeline's sample source tables (`shori init --sample`).
     pub sample: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SourceKind {
-    Sqlite,
-    Postgres,
-    Files,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceConfig {
-    pub name: String,
-    pub kind: SourceKind,
-    pub tables: BTreeMap<String, TableConfig>,
-    /// Rows of one snapshot chunk.
-    #[serde(default = "defaults::snapshot_chunk_rows")]
-    pub snapshot_chunk_rows: usize,
-    /// Of `sqlite`: its file. Of `files`: the folder of the change logs.
-    pub path: Option<PathBuf>,
-    /// Of `sqlite`: how long a busy source is waited for before trying again.
-    pub busy_timeout_ms: Option<u64>,
-    /// Of `sqlite`: how long change rows stay in the source after they are in the log.
-    pub keep_changes_seconds: Option<u64>,
-    /// Of `postgres`: where it is.
-    pub server: Option<ServerConfig>,
-    /// Of `postgres`: the database schema of the tables.
-    pub schema: Option<String>,
-    /// Of `postgres`: what is read of it, by names of its own; both if not given are those of the pipeline and the source.
-    pub publication: Option<String>,
-    pub slot: Option<String>,
-    /// Of `postgres`: whether publication and slot are made where they are missing.
-    pub manage: Option<bool>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TableConfig {
-    /// Types of columns whose declared type says less than there is to know.
-    #[serde(default)]
-    pub columns: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
@@ -224,13 +184,8 @@ impl Default for MemoryConfig {
 }
 
 mod defaults {
-    pub const BUSY_TIMEOUT_MS: u64 = 5_000;
-    pub const KEEP_CHANGES_SECONDS: u64 = 600;
     pub const SCHEMA: &str = "public";
 
-    pub fn snapshot_chunk_rows() -> usize {
-        50_000
-    }
     pub fn enabled() -> bool {
         true
     }
@@ -368,25 +323,6 @@ impl Loaded {
     }
 }
 
-impl SourceConfig {
-    /// Of `sqlite` and `files`.
-    pub fn file(&self) -> &Path {
-        self.path.as_deref().unwrap_or(Path::new(""))
-    }
-
-    pub fn busy_timeout(&self) -> Duration {
-        Duration::from_millis(self.busy_timeout_ms.unwrap_or(defaults::BUSY_TIMEOUT_MS))
-    }
-
-    pub fn keep_changes(&self) -> Duration {
-        Duration::from_secs(self.keep_changes_seconds.unwrap_or(defaults::KEEP_CHANGES_SECONDS))
-    }
-
-    pub fn schema(&self) -> &str {
-        self.schema.as_deref().unwrap_or(defaults::SCHEMA)
-    }
-}
-
 impl StoreConfig {
     /// Of `duckdb`.
     pub fn file(&self) -> &Path {
@@ -395,13 +331,6 @@ impl StoreConfig {
 
     pub fn schema(&self) -> &str {
         self.schema.as_deref().unwrap_or(defaults::SCHEMA)
-    }
-}
-
-impl TableConfig {
-    /// Whether it gives a column what is no type: one of the [refusals](Loaded::refusals).
-    pub fn is_mistyped(&self) -> bool {
-        refusals::is_mistyped(self)
     }
 }
 

@@ -8,11 +8,11 @@ use shori_core::secret::Secret;
 use shori_core::source::{CaptureInfo, Source};
 use shori_core::{Error, ErrorKind, Result};
 use shori_files::{FilesConfig, FilesSource};
-use shori_postgres::{PostgresConfig, PostgresSource, PostgresTable, Server, Tls};
+use shori_postgres::{PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, Server, Tls};
 use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 use std::time::Duration;
 
-use crate::config::{Loaded, ServerConfig, SourceConfig, SourceKind, TlsMode};
+use crate::config::{CaptureKind, Loaded, ServerConfig, SourceConfig, SourceKind, TlsMode};
 use crate::generate::{Application, Orders, Shop};
 
 /// A source as it is configured.
@@ -29,6 +29,8 @@ pub struct Inspected {
     pub failed: Vec<(CaptureId, Error)>,
     /// What else is missing: rights, settings.
     pub problems: Vec<Error>,
+    /// What capture works without, and who relies on it should know.
+    pub notes: Vec<String>,
 }
 
 /// What was made ready for capture.
@@ -63,6 +65,7 @@ impl System {
     pub fn source(self) -> Box<dyn Source> {
         match self {
             Self::Sqlite(config) => Box::new(SqliteSource::new(config)),
+            Self::Postgres(config) if config.polls.is_some() => Box::new(PollSource::new(config)),
             Self::Postgres(config) => Box::new(PostgresSource::new(config)),
             Self::Files(config) => Box::new(FilesSource::new(config)),
         }
@@ -82,15 +85,16 @@ impl System {
         match self {
             Self::Sqlite(config) => {
                 let shori_sqlite::Inspected { captures, failed } = shori_sqlite::inspect(config)?;
-                Ok(Inspected { captures, failed, problems: Vec::new() })
+                Ok(Inspected { captures, failed, problems: Vec::new(), notes: Vec::new() })
             }
             Self::Postgres(config) => {
-                let shori_postgres::Inspected { captures, failed, problems } = shori_postgres::inspect(config).await?;
-                Ok(Inspected { captures, failed, problems })
+                let inspected = shori_postgres::inspect(config).await?;
+                let shori_postgres::Inspected { captures, failed, problems, notes } = inspected;
+                Ok(Inspected { captures, failed, problems, notes })
             }
             Self::Files(config) => {
                 let shori_files::Inspected { captures, failed } = shori_files::inspect(config)?;
-                Ok(Inspected { captures, failed, problems: Vec::new() })
+                Ok(Inspected { captures, failed, problems: Vec::new(), notes: Vec::new() })
             }
         }
     }
@@ -157,6 +161,8 @@ impl System {
                 let watermark = Position::new(SortKey::from_u64(lsn), SortKey::MAX);
                 shori_sqlite::changes_above(config, &watermark).map(|count| Some(Backlog::Changes(count)))
             }
+            // Nobody counts what a poll will find.
+            Self::Postgres(config) if config.polls.is_some() => Ok(None),
             Self::Postgres(config) => {
                 let Ok(lsn) = number() else { return Ok(None) };
                 shori_postgres::log_bytes_above(config, lsn).await.map(|bytes| Some(Backlog::LogBytes(bytes)))
@@ -200,6 +206,7 @@ fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresCon
     let table = |(name, table): (&String, &crate::config::TableConfig)| PostgresTable {
         name: name.clone(),
         columns: table.columns.clone(),
+        changed_at: table.changed_at.clone(),
     };
     let own_name = || name_of(&[&loaded.config.pipeline.name, &source.name]);
     Ok(PostgresConfig {
@@ -211,6 +218,8 @@ fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresCon
         slot: source.slot.clone().unwrap_or_else(own_name),
         manage: source.manage.unwrap_or(true),
         snapshot_chunk_rows: source.snapshot_chunk_rows,
+        polls: (source.capture() == CaptureKind::Timestamp)
+            .then(|| Polls { every: source.poll_interval(), overlap: source.overlap() }),
     })
 }
 

@@ -11,7 +11,7 @@ use tokio_postgres::Transaction;
 use super::{Open, answered};
 use crate::connect::sql_error;
 use crate::message::{Message, Value};
-use crate::snapshot::{self, Sight};
+use crate::snapshot::{self, Bookmark, Sight};
 use crate::stream::{Capture, Gathered};
 use crate::{PostgresConfig, positions};
 
@@ -111,14 +111,14 @@ impl Open {
         let place = snapshot::Place {
             read_to,
             chunk,
-            before,
             time: sight.time,
             filter: self.published.get(&capture.table.name).and_then(|published| published.filter.as_deref()),
         };
         let limit = BatchLimit { rows: limit.rows.min(config.snapshot_chunk_rows.max(1)), ..limit };
         let local = "set local statement_timeout = 0";
         transaction.batch_execute(local).await.map_err(|cause| sql_error("begin", "a snapshot", cause))?;
-        let chunk = match snapshot::read_chunk(&transaction, capture, &place, limit).await {
+        let bookmark = Bookmark::decode(&capture.progress.resume)?;
+        let chunk = match snapshot::read_chunk(transaction.client(), capture, &place, bookmark, limit).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
             Err(error)
@@ -136,16 +136,18 @@ impl Open {
         // A truncation is no matter of snapshots: one that came before the copy is seen by it.
         let read_by = Sight::of(&transaction).await?.wal_end;
         transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
-        let is_closing = chunk.progress.is_done();
+        let progress = chunk.progress(&capture.progress, before, &place)?;
+        let is_closing = progress.is_done();
+        let place = place.chunk;
         let capture = &mut self.cursor.captures[index];
-        capture.progress = chunk.progress.clone();
+        capture.progress = progress.clone();
         gathered.finished.extend(chunk.rows);
         gathered.rejected.extend(chunk.rejected);
-        gathered.snapshots.push((capture.id.clone(), chunk.progress));
+        gathered.snapshots.push((capture.id.clone(), progress));
         if !is_closing {
             self.cursor.hold_until(sight.wal_end.max(read_by));
         }
-        self.cursor.move_to(positions::of_chunk_end(read_to, place.chunk)?, sight.time);
+        self.cursor.move_to(positions::of_chunk_end(read_to, place)?, sight.time);
         Ok(true)
     }
 

@@ -28,7 +28,7 @@ impl Open {
         }
         let table = capture.table.clone();
         self.types.learn(client, columns.iter().map(|(_, oid, _)| *oid)).await?;
-        let key = catalog::key_of(client, &config.qualified(&table.name), capture.layout.oid).await;
+        let key = catalog::key_of(client, &config.qualified(&table.name), capture.layout.oid, false).await;
         let sent = sent(&capture.layout, columns);
         let made = key.and_then(|key| catalog::layout_of(&table, capture.layout.oid, sent, &key, &self.types));
         let layout = match made {

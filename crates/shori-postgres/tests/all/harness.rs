@@ -45,6 +45,7 @@ pub fn config(server: &Server, database: &str, tables: &[&str]) -> PostgresConfi
         slot: format!("shori_{database}"),
         manage: true,
         snapshot_chunk_rows: 1000,
+        polls: None,
     }
 }
 

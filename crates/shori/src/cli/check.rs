@@ -71,6 +71,7 @@ async fn tables(loaded: &Loaded, problems: &mut Vec<Error>) -> Vec<StateTable> {
         match system.inspect().await {
             Ok(inspected) => {
                 problems.extend(inspected.problems);
+                inspected.notes.iter().for_each(|note| println!("note: {note}"));
                 // Of a type that is none, enough has been told.
                 let is_told = |id: &CaptureId| source.tables.get(&*id.instance).is_some_and(TableConfig::is_mistyped);
                 let known = inspected.captures.into_iter().filter(|info| !is_told(&info.id));

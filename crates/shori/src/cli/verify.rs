@@ -16,8 +16,8 @@ use super::reach::{self, Reach};
 use crate::config::{DeletesConfig, Loaded, ProjectionConfig, ProjectionKind, SourceConfig, SourceKind, StoreKind};
 use crate::systems::System;
 use crate::verify::{
-    self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, Report, Serving,
-    SourceInput, State, TableInput, VerifyInput,
+    self as check, ColumnInput, DerivationInput, PostgresPlace, ProjectionInput, ProjectionReport, ReadBy, Report,
+    Serving, SourceInput, State, TableInput, VerifyInput,
 };
 
 /// Recompute every projection from the source's tables, and compare.
@@ -267,8 +267,13 @@ fn source_input(loaded: &Loaded, source: &SourceConfig) -> Result<SourceInput> {
         System::Postgres(config) => SourceInput::Postgres(Box::new(PostgresPlace {
             server: config.server,
             schema: config.schema,
-            publication: config.publication,
-            slot: config.slot,
+            read_by: match config.polls {
+                None => ReadBy::Slot { publication: config.publication, slot: config.slot },
+                Some(_) => {
+                    let tables = config.tables.into_iter();
+                    ReadBy::Timestamps(tables.filter_map(|table| Some((table.name, table.changed_at?))).collect())
+                }
+            },
         })),
     })
 }

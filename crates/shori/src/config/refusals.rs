@@ -9,7 +9,7 @@ use shori_core::Error;
 use shori_core::schema::parse_type;
 use shori_duckdb::store::is_reserved_table;
 
-use super::{Loaded, ServerConfig, SourceKind, StoreKind, TableConfig, TlsMode, nearest};
+use super::{CaptureKind, Loaded, ServerConfig, SourceConfig, SourceKind, StoreKind, TableConfig, TlsMode, nearest};
 
 /// Names under which the embedded DuckDB has databases of its own.
 const RESERVED_STORES: [&str; 5] = ["cache", "cache_work", "memory", "system", "temp"];
@@ -88,6 +88,9 @@ fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
             ("publication", source.publication.is_some()),
             ("slot", source.slot.is_some()),
             ("manage", source.manage.is_some()),
+            ("capture", source.capture.is_some()),
+            ("poll_seconds", source.poll_seconds.is_some()),
+            ("overlap_seconds", source.overlap_seconds.is_some()),
         ];
         let object = format!("source {}", source.name);
         let foreign: &[(Keys<'_>, &str)] = match source.kind {
@@ -100,6 +103,7 @@ fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
         for (theirs, kind) in foreign {
             keys(loaded, &object, &[], theirs, kind, found);
         }
+        captures(loaded, source, found);
         if let Some(slot) = source.slot.as_ref().filter(|slot| !is_slot_name(slot)) {
             let cause = format!("slot {slot:?} is no name of a slot: use a to z, 0 to 9 and _, 63 letters at most");
             found.push(loaded.wrong(&object, &cause));
@@ -116,6 +120,37 @@ fn kinds(loaded: &Loaded, found: &mut Vec<Error>) {
         };
         keys(loaded, &object, own, foreign, kind, found);
         found.extend(store.server.as_ref().into_iter().flat_map(|server| contradictions(loaded, &object, server)));
+    }
+}
+
+/// Keys that one way to capture needs, or does not have.
+fn captures(loaded: &Loaded, source: &SourceConfig, found: &mut Vec<Error>) {
+    let object = format!("source {}", source.name);
+    let is_timestamp = source.capture() == CaptureKind::Timestamp;
+    let of_timestamp =
+        [("poll_seconds", source.poll_seconds.is_some()), ("overlap_seconds", source.overlap_seconds.is_some())];
+    let of_logical = [
+        ("publication", source.publication.is_some()),
+        ("slot", source.slot.is_some()),
+        ("manage", source.manage.is_some()),
+    ];
+    let (foreign, other): (Keys<'_>, _) =
+        if is_timestamp { (&of_logical, "logical") } else { (&of_timestamp, "timestamp") };
+    if source.kind == SourceKind::Postgres {
+        for (key, _) in foreign.iter().filter(|(_, is_given)| *is_given) {
+            found.push(loaded.wrong(&object, &format!("it has {key}, which is for capture \"{other}\": leave it out")));
+        }
+    }
+    for (name, table) in &source.tables {
+        let cause = match (&table.changed_at, is_timestamp) {
+            (None, true) => {
+                "it has no changed_at, which names the timestamp column that every insert and update sets: its source is \
+                 captured by timestamp"
+            }
+            (Some(_), false) => "it has changed_at, which is for capture \"timestamp\": leave it out",
+            _ => continue,
+        };
+        found.push(loaded.wrong(&format!("table {name} of source {}", source.name), cause));
     }
 }
 
@@ -244,6 +279,12 @@ fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
         found.extend(within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX));
         if let Some(seconds) = source.keep_changes_seconds {
             found.extend(within(loaded, &key("keep_changes_seconds"), seconds, 0..=SECONDS_MAX));
+        }
+        if let Some(seconds) = source.poll_seconds {
+            found.extend(within(loaded, &key("poll_seconds"), seconds, 1..=SECONDS_MAX));
+        }
+        if let Some(seconds) = source.overlap_seconds {
+            found.extend(within(loaded, &key("overlap_seconds"), seconds, 1..=SECONDS_MAX));
         }
     }
     found.extend(within(loaded, "ingest.batch_max_rows", config.ingest.batch_max_rows, 1..=usize::MAX));

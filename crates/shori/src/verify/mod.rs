@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use shori_core::{Error, ErrorKind, Result};
 
-pub use postgres_source::PostgresPlace;
+pub use postgres_source::{PostgresPlace, ReadBy};
 pub use report::{EXAMPLES_MAX, Finding, FindingKind, ProjectionReport, Report, State};
 pub use serving::Serving;
 

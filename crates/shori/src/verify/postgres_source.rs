@@ -23,8 +23,18 @@ use super::{TableInput, VerifyInput};
 pub struct PostgresPlace {
     pub server: Server,
     pub schema: String,
-    pub publication: String,
-    pub slot: String,
+    pub read_by: ReadBy,
+}
+
+/// What changes are found by.
+#[derive(Clone, Debug)]
+pub enum ReadBy {
+    Slot {
+        publication: String,
+        slot: String,
+    },
+    /// The timestamp column of each table.
+    Timestamps(BTreeMap<String, String>),
 }
 
 pub(super) struct PostgresSource {
@@ -67,7 +77,7 @@ impl PostgresSource {
             misfits: BTreeMap::new(),
         };
         source.begin()?;
-        source.head = source.wal_end()?.saturating_sub(1);
+        source.head = source.end()?;
         for table in used_tables(input)? {
             let misfits = source.load_table(scratch, table)?;
             source.misfits.insert(table.name.clone(), misfits);
@@ -87,10 +97,19 @@ impl PostgresSource {
         self.execute("set statement_timeout = 0; begin transaction isolation level repeatable read read only")
     }
 
-    fn wal_end(&self) -> Result<u64> {
-        let query = "select pg_current_snapshot()::text, pg_current_wal_insert_lsn()";
+    /// The newest place in the timeline: in the server's log, or in time.
+    fn end(&self) -> Result<u64> {
+        let query = "
+            select
+                pg_current_snapshot()::text,
+                pg_current_wal_insert_lsn(),
+                (extract(epoch from clock_timestamp()) * 1000000)::int8";
         let row = self.runtime.block_on(self.session.client.query_one(query, &[]));
-        Ok(u64::from(row.map_err(fail("the end of the server's log"))?.get::<_, PgLsn>(1)))
+        let row = row.map_err(fail("the end of the server's log"))?;
+        Ok(match self.place.read_by {
+            ReadBy::Slot { .. } => u64::from(row.get::<_, PgLsn>(1)).saturating_sub(1),
+            ReadBy::Timestamps(_) => row.get::<_, i64>(2).unsigned_abs(),
+        })
     }
 
     fn name(&self, table: &TableInput) -> String {
@@ -157,16 +176,47 @@ impl PostgresSource {
                 .with_remedy("verify while nobody writes to it"));
         }
         match checkpoint.iter().min_by_key(|(_, read_to)| **read_to) {
-            Some((table, read_to)) if *read_to < self.head && self.has_commits_above(*read_to) => {
-                Err(catch_up_first(table))
-            }
+            Some((table, read_to)) if *read_to < self.head && self.has_more(*read_to)? => Err(catch_up_first(table)),
             _ => Ok(()),
         }
     }
 
+    fn has_more(&self, read_to: u64) -> Result<bool> {
+        match &self.place.read_by {
+            ReadBy::Slot { publication, slot } => Ok(self.has_commits_above(publication, slot, read_to)),
+            ReadBy::Timestamps(columns) => {
+                let mut columns = columns.iter().filter(|(table, _)| self.sums.contains_key(*table));
+                columns
+                    .try_fold(false, |has, (table, column)| Ok(has || self.has_changes_since(table, column, read_to)?))
+            }
+        }
+    }
+
+    /// Whether a table has rows that say to have changed between then and now. One without a zone is in that of the
+    /// database.
+    fn has_changes_since(&self, table: &str, column: &str, read_to: u64) -> Result<bool> {
+        let column = quoted(column);
+        let query = format!(
+            "with zones as (select reset_val as zone from pg_settings where name = 'TimeZone')
+            select exists (
+                select
+                from {}.{} as t, zones
+                where
+                    case pg_typeof(t.{column})::text
+                        when 'timestamp without time zone' then t.{column}::timestamp at time zone zone
+                        else t.{column}::timestamptz
+                    end between timestamptz '1970-01-01 00:00:00+00' + $1 * interval '1 microsecond' and now()
+            )",
+            quoted(&self.place.schema),
+            quoted(table)
+        );
+        let row = self.runtime.block_on(self.session.client.query_one(&query, &[&(read_to as f64)]));
+        Ok(row.map_err(fail(format!("table {table}")))?.get(0))
+    }
+
     /// Whether the slot has transactions that end above `read_to`; the server's log grows by itself, too. While the
     /// pipeline reads the slot it cannot be asked.
-    fn has_commits_above(&self, read_to: u64) -> bool {
+    fn has_commits_above(&self, publication: &str, slot: &str, read_to: u64) -> bool {
         const COMMIT: i32 = b'C' as i32;
         let query = "
             select exists (
@@ -176,10 +226,10 @@ impl PostgresSource {
                 )
                 where get_byte(data, 0) = $3 and lsn > $4
             )";
-        let publication = quoted(&self.place.publication);
+        let publication = quoted(publication);
         let above = PgLsn::from(read_to.saturating_add(1));
         let client = &self.session.client;
-        let asked = self.runtime.block_on(client.query_one(query, &[&self.place.slot, &publication, &COMMIT, &above]));
+        let asked = self.runtime.block_on(client.query_one(query, &[&slot, &publication, &COMMIT, &above]));
         match asked {
             Ok(row) => row.get(0),
             Err(error) => {

@@ -1,0 +1,118 @@
+//! How far a table has been polled. The encoding is permanent: logs keep it, in the snapshot's progress.
+//!
+//! JSON, so that what is added later is told apart by its name. The other capture's bookmarks begin with a byte that no
+//! JSON begins with.
+
+use serde_json::{Value, json};
+use shori_core::position::Micros;
+use shori_core::{Error, ErrorKind, Result};
+
+use crate::snapshot;
+use crate::visibility::Visibility;
+
+/// What a poll saw of a table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Seen {
+    pub visibility: Visibility,
+    /// When it began, by the server's clock.
+    pub time: Micros,
+    /// What it did not show began at this time or later, as far as is known.
+    pub floor: Micros,
+    /// The highest value of the timestamp column, in the column's own time; none in an empty table.
+    pub highest: Option<Micros>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Bookmark {
+    /// The table, so that another of its name is told apart.
+    pub table: u32,
+    /// All that it shows is in the log.
+    pub whole: Option<Seen>,
+    /// A poll that has begun: some of what it shows may be in the log. Of a table that is being read whole, the first.
+    pub begun: Option<Seen>,
+    /// Where reading the table whole goes on.
+    pub place: Option<snapshot::Bookmark>,
+}
+
+impl Bookmark {
+    pub fn new(table: u32) -> Self {
+        Self { table, whole: None, begun: None, place: None }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let seen = |seen: &Seen| {
+            json!({
+                "snapshot": seen.visibility.to_string(),
+                "time": seen.time,
+                "floor": seen.floor,
+                "highest": seen.highest,
+            })
+        };
+        json!({
+            "table": self.table,
+            "whole": self.whole.as_ref().map(seen),
+            "begun": self.begun.as_ref().map(seen),
+            "place": self.place.map(|place| place.encode()),
+        })
+        .to_string()
+        .into_bytes()
+    }
+
+    /// Whether it is one, and not that of the other capture.
+    pub fn is_one(bytes: &[u8]) -> bool {
+        bytes.first() == Some(&b'{')
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let damaged =
+            || Error::new(ErrorKind::Corrupt, "decode", "how far a table was polled", "it is of no known layout");
+        let value: Value = serde_json::from_slice(bytes).map_err(|_| damaged())?;
+        let table = value["table"].as_u64().and_then(|table| u32::try_from(table).ok()).ok_or_else(damaged)?;
+        let seen = |value: &Value| {
+            if value.is_null() {
+                return Ok::<_, Error>(None);
+            }
+            let number = |name: &str| value[name].as_i64().ok_or_else(damaged);
+            let visibility = Visibility::read(value["snapshot"].as_str().ok_or_else(damaged)?)?;
+            let highest = if value["highest"].is_null() { None } else { Some(number("highest")?) };
+            Ok(Some(Seen { visibility, time: number("time")?, floor: number("floor")?, highest }))
+        };
+        let place = match &value["place"] {
+            Value::Null => None,
+            Value::Array(bytes) => {
+                let byte = |value: &Value| value.as_u64().and_then(|byte| u8::try_from(byte).ok()).ok_or_else(damaged);
+                snapshot::Bookmark::decode(&bytes.iter().map(byte).collect::<Result<Vec<_>>>()?)?
+            }
+            _ => return Err(damaged()),
+        };
+        Ok(Self { table, whole: seen(&value["whole"])?, begun: seen(&value["begun"])?, place })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_layout_is_the_permanent_one() {
+        let place = [1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 6];
+        let seen = |highest| Seen { visibility: Visibility::read("7:9:7").unwrap(), time: 20, floor: 10, highest };
+        let bookmark = Bookmark {
+            table: 1,
+            whole: Some(seen(Some(-5))),
+            begun: Some(seen(None)),
+            place: snapshot::Bookmark::decode(&place).unwrap(),
+        };
+        let bytes = bookmark.encode();
+        assert_eq!(
+            String::from_utf8(bytes.clone()).unwrap(),
+            r#"{"begun":{"floor":10,"highest":null,"snapshot":"7:9:7","time":20},"place":[1,0,0,0,1,0,0,0,2,0,0,0,3,0,0,0,4,0,0,0,5,0,6],"table":1,"whole":{"floor":10,"highest":-5,"snapshot":"7:9:7","time":20}}"#
+        );
+        assert_eq!(Bookmark::decode(&bytes).unwrap(), bookmark);
+        assert_eq!(Bookmark::decode(&Bookmark::new(3).encode()).unwrap(), Bookmark::new(3));
+        assert!(Bookmark::is_one(&bytes) && !Bookmark::is_one(&place) && !Bookmark::is_one(&[]));
+        for damaged in [&bytes[..20], b"{}", b"{\"table\":1,\"whole\":3}", b"{\"table\":1,\"place\":[300]}"] {
+            assert_eq!(Bookmark::decode(damaged).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+    }
+}
