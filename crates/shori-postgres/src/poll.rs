@@ -24,7 +24,8 @@
 //! rows, in the same transaction.
 //!
 //! A table without progress is read whole by its first poll, in the order of its blocks. If that is interrupted, the next
-//! poll reads the blocks that are left, and then whatever the first snapshot did not show.
+//! poll reads the blocks that are left, and then whatever the first snapshot did not show. A poll that is interrupted is
+//! finished by the next one, from the row on that it had come to, before that looks for what came since.
 
 mod begin;
 mod bookmark;
@@ -48,7 +49,7 @@ use crate::setup::Facts;
 use crate::visibility::Visibility;
 use crate::{Polls, PostgresConfig, positions, snapshot};
 use begin::Activity;
-use bookmark::{Bookmark, Seen};
+use bookmark::{Bookmark, Passed, Seen};
 use changed::{Cursor, Remembered, Wanted, end_of};
 pub(crate) use start::hints;
 use start::{Polled, Ready, blind_spots};
@@ -88,7 +89,8 @@ struct Poll {
     /// The table at hand, and whether it has been begun.
     table: usize,
     is_inside: bool,
-    cursor: Option<Cursor>,
+    /// Of the table at hand, and whether what it finds may be in the log.
+    cursor: Option<(Cursor, bool)>,
     /// How far the time of the table's column is from UTC.
     offset: Micros,
     newest: Micros,
@@ -238,13 +240,13 @@ impl Open {
         }
         // What has come of the poll may be in the log from here on, and the poll may not come to its end.
         for index in 0..self.tables.len() {
-            if std::mem::take(&mut self.tables[index].is_touched) && !self.tables[index].capture.failed {
-                let mut bookmark = self.tables[index].bookmark.clone();
-                if bookmark.begun.is_none() || bookmark.whole.is_some() {
-                    bookmark.begun = Some(self.seen(&poll, index));
+            let polled = &mut self.tables[index];
+            if std::mem::take(&mut polled.is_touched) && !polled.capture.failed {
+                if let Some(passed) = &mut polled.bookmark.passed {
+                    passed.file = changed::file_of(&self.session.client, passed.relation).await?;
                 }
-                let capture = &mut self.tables[index].capture;
-                capture.progress.resume = bookmark.encode();
+                let capture = &mut polled.capture;
+                capture.progress.resume = polled.bookmark.encode();
                 batch.snapshots.push((capture.id.clone(), capture.progress.clone()));
             }
         }
@@ -344,7 +346,7 @@ impl Open {
                 poll.is_inside = true;
             }
             let polled = &self.tables[index];
-            let read = match polled.capture.progress.is_done() || polled.has_all_blocks {
+            let read = match polled.bookmark.whole.is_some() {
                 true => self.changed(polls, poll, room, batch).await,
                 false => self.blocks(config, poll, room, batch).await,
             };
@@ -398,15 +400,23 @@ impl Open {
         }
         batch.changes.extend(chunk.rows);
         batch.rejected.extend(chunk.rejected);
-        polled.has_all_blocks = chunk.ended;
-        let is_of_this_poll = polled.bookmark.begun.as_ref().is_some_and(|begun| begun.time == poll.activity.time);
-        if chunk.ended && is_of_this_poll {
+        if !chunk.ended {
+            return Ok(false);
+        }
+        // Others were read under later snapshots: what the first one did not show is still to be looked for.
+        let first = polled.bookmark.begun.take();
+        let is_of_this_poll = first.as_ref().is_some_and(|first| first.time == poll.activity.time);
+        (polled.bookmark.whole, polled.bookmark.place) = (first, None);
+        if is_of_this_poll {
             self.note_highest(poll).await?;
         }
-        Ok(chunk.ended && is_of_this_poll)
+        Ok(is_of_this_poll)
     }
 
     /// Reads changed rows of a table; whether it is done with.
+    ///
+    /// What a poll that was not finished showed is read to its end first, then what came since: so each poll goes on where
+    /// the last one was interrupted, and whoever is interrupted always comes to an end all the same.
     async fn changed(
         &mut self,
         polls: Polls,
@@ -414,41 +424,48 @@ impl Open {
         room: &mut BatchLimit,
         batch: &mut SourceBatch,
     ) -> Result<bool> {
+        let seen = self.seen(poll, poll.table);
         let client = &self.session.client;
         let polled = &mut self.tables[poll.table];
         let is_whole = !polled.capture.progress.is_done();
-        let (since, interrupted) = match (&polled.bookmark.whole, &polled.bookmark.begun) {
-            (Some(whole), begun) if !is_whole => (whole, begun.as_ref().map(|begun| &begun.visibility)),
-            (_, Some(begun)) => (begun, None),
-            _ => {
-                let object = format!("table {}", polled.capture.table.name);
-                return Err(Error::new(ErrorKind::Corrupt, "poll", object, "nothing tells how far it was polled"));
-            }
+        let begun = polled.bookmark.begun.get_or_insert_with(|| seen.clone());
+        let is_finishing = begun.time != seen.time;
+        let Some(since) = &polled.bookmark.whole else {
+            let object = format!("table {}", polled.capture.table.name);
+            return Err(Error::new(ErrorKind::Corrupt, "poll", object, "nothing tells how far it was polled"));
         };
-        let mut cursor = match poll.cursor.take() {
+        let (mut cursor, is_again) = match poll.cursor.take() {
             Some(cursor) => cursor,
             None => {
                 poll.offset = polled.column.offset(client, poll.activity.time).await?;
-                let from = match is_whole {
-                    true => None,
-                    false => {
-                        let then = polled.column.offset(client, since.floor).await?;
-                        looked_from(since, polls.overlap, poll.offset.min(then))
-                    }
+                let then = polled.column.offset(client, since.floor).await?;
+                let from = looked_from(since, polls.overlap, poll.offset.min(then)).filter(|_| !is_whole);
+                let after = match polled.bookmark.passed {
+                    Some(passed) if changed::file_of(client, passed.relation).await? == passed.file => Some(passed),
+                    _ => None,
                 };
-                let wanted = Wanted { column: &polled.column, since, interrupted, from, is_whole };
-                Cursor::open(client, &polled.capture, &wanted).await?
+                // Nothing tells any more how much of it is in the log.
+                let is_again = is_finishing && after.is_none();
+                let wanted = Wanted { column: &polled.column, since, up_to: None, after, from, is_snapshot: is_whole };
+                (Cursor::open(client, &polled.capture, &wanted).await?, is_again)
             }
         };
-        let wanted = Wanted { column: &polled.column, since, interrupted, from: None, is_whole };
+        let wanted = Wanted {
+            column: &polled.column,
+            since,
+            up_to: is_finishing.then_some(&begun.visibility),
+            after: None,
+            from: None,
+            is_snapshot: is_whole || is_again,
+        };
         let (part, offset) = (poll.part, poll.offset);
         let place = changed::Place { time: poll.time, part, visibility: &poll.visibility, offset };
         let read = cursor.read(client, &polled.capture, &wanted, &place, &mut self.remembered, *room).await?;
         let rows = read.rows.as_ref().map_or(0, |rows| rows.len());
         if rows + read.rejected.len() > 0 {
             poll.part = next_part(poll.part)?;
-            polled.is_touched = true;
         }
+        polled.is_touched = true;
         room.rows = room.rows.saturating_sub(rows + read.rejected.len());
         room.bytes = room.bytes.saturating_sub(read.bytes);
         poll.newest = poll.newest.max(read.newest);
@@ -458,15 +475,18 @@ impl Open {
         }
         batch.changes.extend(read.rows);
         batch.rejected.extend(read.rejected);
+        polled.bookmark.passed = read.last.map(passed_at).or(polled.bookmark.passed);
         if !read.ended {
-            poll.cursor = Some(cursor);
+            poll.cursor = Some((cursor, is_again));
             return Ok(false);
         }
         cursor.close(client, &polled.capture).await?;
-        if is_whole {
+        polled.bookmark.passed = None;
+        polled.bookmark.whole = polled.bookmark.begun.take().map(|begun| Seen { highest: polled.highest, ..begun });
+        if is_whole && !is_finishing {
             self.note_highest(poll).await?;
         }
-        Ok(true)
+        Ok(!is_finishing)
     }
 
     /// Of a table that has been read whole.
@@ -475,7 +495,9 @@ impl Open {
         let polled = &mut self.tables[poll.table];
         let now = poll.activity.time + polled.column.offset(client, poll.activity.time).await?;
         polled.highest = changed::highest(client, &polled.capture, &polled.column, now).await?;
-        self.tables[poll.table].bookmark.whole = Some(self.seen(poll, poll.table));
+        if let Some(whole) = &mut polled.bookmark.whole {
+            whole.highest = polled.highest;
+        }
         Ok(())
     }
 
@@ -485,13 +507,10 @@ impl Open {
         ended.map_err(|cause| sql_error("end", "a poll", cause))?;
         let end = positions::of_chunk_end(end_of(poll.time), poll.part)?;
         for index in 0..self.tables.len() {
-            let seen = self.seen(&poll, index);
             let polled = &mut self.tables[index];
             if polled.capture.failed {
                 continue;
             }
-            let table = polled.capture.layout.oid;
-            polled.bookmark = Bookmark { table, whole: Some(seen), begun: None, place: None };
             polled.is_touched = false;
             let progress = &mut polled.capture.progress;
             if !progress.is_done() {
@@ -507,6 +526,12 @@ impl Open {
         batch.watermark = self.watermark;
         Ok(())
     }
+}
+
+/// The file is looked up when it is stored.
+fn passed_at((relation, place): (u32, [u8; 6])) -> Passed {
+    let [a, b, c, d, line @ ..] = place;
+    Passed { relation, file: 0, block: u32::from_be_bytes([a, b, c, d]), line: u16::from_be_bytes(line) }
 }
 
 fn next_part(part: u32) -> Result<u32> {

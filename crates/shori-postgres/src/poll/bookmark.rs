@@ -22,21 +22,32 @@ pub(crate) struct Seen {
     pub highest: Option<Micros>,
 }
 
+/// A row version up to which a poll has read, in the order of tables (partitions) and places in them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Passed {
+    pub relation: u32,
+    /// The file that holds it: another one after it was rewritten.
+    pub file: u32,
+    pub block: u32,
+    pub line: u16,
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Bookmark {
     /// The table, so that another of its name is told apart.
     pub table: u32,
-    /// All that it shows is in the log.
+    /// All that it shows is in the log, or has a newer version that it does not show. None while blocks are read.
     pub whole: Option<Seen>,
-    /// A poll that has begun: some of what it shows may be in the log. Of a table that is being read whole, the first.
+    /// A poll that has begun: what it shows up to `passed` is in the log. While blocks are read, the first one.
     pub begun: Option<Seen>,
-    /// Where reading the table whole goes on.
+    pub passed: Option<Passed>,
+    /// Where reading blocks goes on.
     pub place: Option<snapshot::Bookmark>,
 }
 
 impl Bookmark {
     pub fn new(table: u32) -> Self {
-        Self { table, whole: None, begun: None, place: None }
+        Self { table, whole: None, begun: None, passed: None, place: None }
     }
 
     pub fn encode(&self) -> Vec<u8> {
@@ -52,6 +63,7 @@ impl Bookmark {
             "table": self.table,
             "whole": self.whole.as_ref().map(seen),
             "begun": self.begun.as_ref().map(seen),
+            "passed": self.passed.map(|at| [at.relation, at.file, at.block, u32::from(at.line)]),
             "place": self.place.map(|place| place.encode()),
         })
         .to_string()
@@ -85,7 +97,18 @@ impl Bookmark {
             }
             _ => return Err(damaged()),
         };
-        Ok(Self { table, whole: seen(&value["whole"])?, begun: seen(&value["begun"])?, place })
+        let passed = match &value["passed"] {
+            Value::Null => None,
+            numbers => {
+                let number = |index: usize| numbers[index].as_u64().and_then(|number| u32::try_from(number).ok());
+                let read = || {
+                    let line = u16::try_from(number(3)?).ok()?;
+                    Some(Passed { relation: number(0)?, file: number(1)?, block: number(2)?, line })
+                };
+                Some(read().ok_or_else(damaged)?)
+            }
+        };
+        Ok(Self { table, whole: seen(&value["whole"])?, begun: seen(&value["begun"])?, passed, place })
     }
 }
 
@@ -101,17 +124,24 @@ mod tests {
             table: 1,
             whole: Some(seen(Some(-5))),
             begun: Some(seen(None)),
+            passed: Some(Passed { relation: 1, file: 2, block: 3, line: 4 }),
             place: snapshot::Bookmark::decode(&place).unwrap(),
         };
         let bytes = bookmark.encode();
         assert_eq!(
             String::from_utf8(bytes.clone()).unwrap(),
-            r#"{"begun":{"floor":10,"highest":null,"snapshot":"7:9:7","time":20},"place":[1,0,0,0,1,0,0,0,2,0,0,0,3,0,0,0,4,0,0,0,5,0,6],"table":1,"whole":{"floor":10,"highest":-5,"snapshot":"7:9:7","time":20}}"#
+            r#"{"begun":{"floor":10,"highest":null,"snapshot":"7:9:7","time":20},"passed":[1,2,3,4],"place":[1,0,0,0,1,0,0,0,2,0,0,0,3,0,0,0,4,0,0,0,5,0,6],"table":1,"whole":{"floor":10,"highest":-5,"snapshot":"7:9:7","time":20}}"#
         );
         assert_eq!(Bookmark::decode(&bytes).unwrap(), bookmark);
         assert_eq!(Bookmark::decode(&Bookmark::new(3).encode()).unwrap(), Bookmark::new(3));
         assert!(Bookmark::is_one(&bytes) && !Bookmark::is_one(&place) && !Bookmark::is_one(&[]));
-        for damaged in [&bytes[..20], b"{}", b"{\"table\":1,\"whole\":3}", b"{\"table\":1,\"place\":[300]}"] {
+        for damaged in [
+            &bytes[..20],
+            b"{}",
+            b"{\"table\":1,\"whole\":3}",
+            b"{\"table\":1,\"place\":[300]}",
+            b"{\"table\":1,\"passed\":[1,2,3,70000]}",
+        ] {
             assert_eq!(Bookmark::decode(damaged).unwrap_err().kind(), ErrorKind::Corrupt);
         }
     }

@@ -13,7 +13,7 @@ use shori_core::{Error, ErrorKind, Result};
 use tokio_postgres::{Client, Row, Statement};
 
 use super::begin::Column;
-use super::bookmark::Seen;
+use super::bookmark::{Passed, Seen};
 use crate::batch::BatchBuilder;
 use crate::connect::{quoted, sql_error};
 use crate::date_time::timestamp_from_binary;
@@ -36,12 +36,14 @@ pub(super) struct Wanted<'a> {
     pub column: &'a Column,
     /// What is in the log.
     pub since: &'a Seen,
-    /// Of it, more may be in the log: a poll that showed this was not finished.
-    pub interrupted: Option<&'a Visibility>,
+    /// Only what this shows: a poll that showed it was not finished.
+    pub up_to: Option<&'a Visibility>,
+    /// Only what lies behind.
+    pub after: Option<Passed>,
     /// Rows from here on, by their timestamp; all if `None`.
     pub from: Option<Micros>,
-    /// The table is being read whole.
-    pub is_whole: bool,
+    /// The table is being read whole, or it is not known how much of it is in the log.
+    pub is_snapshot: bool,
 }
 
 /// A row version: table, block and line, transaction.
@@ -81,6 +83,8 @@ pub(super) struct Part {
     pub bytes: usize,
     pub newest: Micros,
     pub highest: Option<Micros>,
+    /// The last row that was looked at.
+    pub last: Option<(u32, [u8; 6])>,
     pub ended: bool,
 }
 
@@ -109,11 +113,15 @@ impl Cursor {
             Some(from) => format!("{name} >= {} and", wanted.column.literal(from)),
             None => String::new(),
         };
+        let behind = wanted.after.map_or(String::new(), |Passed { relation, block, line, .. }| {
+            format!("(tableoid > {relation} or tableoid = {relation} and ctid > '({block},{line})'::tid) and")
+        });
         let declare = format!(
             "declare shori_poll no scroll cursor for
             select tableoid, ctid, xmin, {name}, {}
             from {}
-            where {by_time} pg_catalog.age(xmin) <= pg_catalog.age('{}'::xid)",
+            where {by_time} {behind} pg_catalog.age(xmin) <= pg_catalog.age('{}'::xid)
+            order by tableoid, ctid",
             selected(&capture.layout, &[]),
             table(capture),
             wanted.since.visibility.oldest_xid(),
@@ -145,6 +153,7 @@ impl Cursor {
             part.ended = rows.len() < count;
             for row in &rows {
                 let found = Found::of(capture, row)?;
+                part.last = Some((found.version.0, found.version.1));
                 let Some(op) = found.op(wanted, remembered) else { continue };
                 let values: Vec<_> = (0..capture.layout.columns.len())
                     .map(|column| {
@@ -190,6 +199,13 @@ pub(super) fn end_of(time: Micros) -> u64 {
     time.unsigned_abs().saturating_add(1)
 }
 
+/// The file that a table or partition is in.
+pub(super) async fn file_of(client: &Client, relation: u32) -> Result<u32> {
+    let query = "select coalesce(pg_catalog.pg_relation_filenode($1::oid), 0::oid)";
+    let row = client.query_one(query, &[&relation]).await;
+    Ok(row.map_err(|cause| sql_error("look at", "the file of a table", cause))?.get(0))
+}
+
 /// The highest timestamp in a table.
 pub(super) async fn highest(
     client: &Client,
@@ -199,7 +215,7 @@ pub(super) async fn highest(
 ) -> Result<Option<Micros>> {
     let name = quoted(&column.name);
     let query = format!(
-        "select (extract(epoch from max({name})) * 1000000)::int8 from {} where {name} <= {}",
+        "select (extract(epoch from max({name})) * 1000000)::int8 from {} where {name} <= {} and {name} > '-infinity'",
         table(capture),
         column.literal(now.saturating_add(AHEAD_MAX))
     );
@@ -233,8 +249,10 @@ impl Found {
         let xid = self.version.2;
         match wanted.since.visibility.tells(xid) {
             Shown::Yes => None,
-            _ if wanted.is_whole => Some(Op::Snapshot),
-            Shown::No if wanted.interrupted.is_none_or(|begun| begun.tells(xid) == Shown::No) => Some(Op::UpdateAfter),
+            // The next look finds it.
+            _ if wanted.up_to.is_some_and(|begun| begun.tells(xid) == Shown::No) => None,
+            _ if wanted.is_snapshot => Some(Op::Snapshot),
+            Shown::No if wanted.up_to.is_none_or(|begun| begun.tells(xid) == Shown::Yes) => Some(Op::UpdateAfter),
             Shown::No => Some(Op::Snapshot),
             Shown::Unknown => (!remembered.0.contains(&self.version)).then_some(Op::Snapshot),
         }

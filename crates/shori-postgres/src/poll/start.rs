@@ -26,8 +26,6 @@ pub(super) struct Polled {
     pub bookmark: Bookmark,
     /// The highest timestamp that was found in it.
     pub highest: Option<Micros>,
-    /// Of a table that is read whole: whether its blocks have been, in this poll.
-    pub has_all_blocks: bool,
     /// Whether rows of it are in the batch at hand.
     pub is_touched: bool,
 }
@@ -96,7 +94,6 @@ fn polled(
         column,
         bookmark: bookmark.unwrap_or(Bookmark::new(layout.oid)),
         highest: None,
-        has_all_blocks: false,
         is_touched: false,
         capture: Capture {
             id,
@@ -149,7 +146,6 @@ impl Polled {
         if !self.has_begun() {
             self.bookmark = Bookmark::new(layout.oid);
         }
-        self.has_all_blocks = false;
         self.highest = self.bookmark.whole.as_ref().and_then(|whole| whole.highest);
         if self.known.columns != layout.schema.columns {
             let added: Vec<String> = match self.known.change_to(&layout.schema) {

@@ -1,15 +1,17 @@
 //! A captured database, and a reader of it that keeps what a log would.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
+use arrow::datatypes::{DataType, Field};
 use shori_core::change::{ChangeBatch, Op};
 use shori_core::position::{CaptureId, Micros, Position, Watermark};
 use shori_core::source::{BatchLimit, Resume, SnapshotProgress, SnapshotState, Source, SourceBatch};
 use shori_core::testing::memory_log::{LogRow, log_rows};
 use shori_core::testing::value::{Row, Value};
 use shori_core::{Error, Result};
-use shori_postgres::{PostgresConfig, PostgresSource, PostgresTable, Server as Address, Tls};
+use shori_postgres::{PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, Server as Address, Tls};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
 use crate::replay::Replay;
@@ -49,6 +51,13 @@ pub fn config(server: &Server, database: &str, tables: &[&str]) -> PostgresConfi
     }
 }
 
+/// Has all tables polled by `column`, as often as is asked; nothing but what is known of transactions makes a poll look
+/// further back than to the last one.
+pub fn polled(config: &mut PostgresConfig, column: &str) {
+    config.polls = Some(Polls { every: Duration::ZERO, overlap: Duration::ZERO });
+    config.tables.iter_mut().for_each(|table| table.changed_at = Some(column.into()));
+}
+
 pub fn table(name: &str) -> PostgresTable {
     PostgresTable { name: name.to_string(), ..PostgresTable::default() }
 }
@@ -68,7 +77,7 @@ pub struct Stored {
 pub struct Reader {
     pub config: PostgresConfig,
     pub client: Client,
-    pub source: Option<PostgresSource>,
+    pub source: Option<Box<dyn Source>>,
     pub stored: Stored,
     pub watermark: Watermark,
     pub acknowledges: bool,
@@ -120,7 +129,10 @@ impl Reader {
 
     pub async fn try_start(&mut self) -> Result<()> {
         self.source = None;
-        self.source = Some(PostgresSource::new(self.config.clone()));
+        self.source = Some(match self.config.polls {
+            Some(_) => Box::new(PollSource::new(self.config.clone())),
+            None => Box::new(PostgresSource::new(self.config.clone())),
+        });
         self.start_again().await
     }
 
@@ -330,8 +342,14 @@ impl Reader {
     /// The table as the source has it, in the columns of the capture.
     pub async fn source_rows(&self, table: &str) -> Vec<Printed> {
         let schema = self.stored.known[&self.capture(table)].schema.as_ref().unwrap();
-        let columns: Vec<String> =
-            schema.columns.fields().iter().map(|field| format!("\"{}\"", field.name())).collect();
+        let column = |field: &Arc<Field>| match field.data_type() {
+            // As `printed` has it.
+            DataType::Timestamp(..) => {
+                format!("'Time(' || (extract(epoch from \"{}\") * 1000000)::int8 || ')'", field.name())
+            }
+            _ => format!("\"{}\"", field.name()),
+        };
+        let columns: Vec<String> = schema.columns.fields().iter().map(column).collect();
         self.printed(&format!("select {} from {table}", columns.join(", "))).await
     }
 

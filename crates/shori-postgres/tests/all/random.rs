@@ -2,7 +2,7 @@
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use shori_core::source::{BatchLimit, Source};
+use shori_core::source::BatchLimit;
 
 use crate::harness::Reader;
 use crate::server::Server;

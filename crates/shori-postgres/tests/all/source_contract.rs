@@ -5,18 +5,30 @@ use chrono::DateTime;
 use shori_core::position::CaptureId;
 use shori_core::source::Source;
 use shori_core::testing::memory_database::Write;
-use shori_core::testing::source_contract::{SourceHarness, SourceSystem, run};
+use shori_core::testing::source_contract::{Sees, SourceHarness, SourceSystem, run};
 use shori_core::testing::value::Value;
-use shori_postgres::{PostgresConfig, PostgresSource};
+use shori_postgres::{PollSource, PostgresConfig, PostgresSource};
 use tokio_postgres::Client;
 
-use crate::harness::config;
+use crate::harness::{config, polled, table};
 use crate::server::Server;
 
-struct Databases {
+#[derive(Clone, Copy, PartialEq)]
+enum Databases {
+    Binary,
     /// One column is configured as text, so that the stream comes in text format.
-    as_text: bool,
+    Text,
+    /// Every row has a column that tells when it changed.
+    Polled,
 }
+
+const TOUCHED: &str = "
+create function touch() returns trigger language plpgsql as $$ begin new.touched = now(); return new; end $$;
+alter table items add column touched timestamptz not null default now();
+alter table quiet add column touched timestamptz not null default now();
+create trigger touch before update on items for each row execute function touch();
+create trigger touch before update on quiet for each row execute function touch();
+";
 
 struct Database {
     config: PostgresConfig,
@@ -34,10 +46,17 @@ impl SourceHarness for Databases {
             create table quiet (id bigint primary key, name text);
             create table spans (id bigint primary key, span interval);";
         client.batch_execute(tables).await.unwrap();
-        let mut config =
-            config(server, &name, if self.as_text { &["items", "quiet", "spans"] } else { &["items", "quiet"] });
-        if self.as_text {
-            config.tables[2].columns.insert("span".into(), "text".into());
+        let mut config = config(server, &name, &["items", "quiet"]);
+        match self {
+            Databases::Binary => {}
+            Databases::Text => {
+                config.tables.push(table("spans"));
+                config.tables[2].columns.insert("span".into(), "text".into());
+            }
+            Databases::Polled => {
+                client.batch_execute(TOUCHED).await.unwrap();
+                polled(&mut config, "touched");
+            }
         }
         Box::new(Database { config, client })
     }
@@ -76,7 +95,10 @@ fn statement(write: &Write) -> String {
 #[async_trait]
 impl SourceSystem for Database {
     async fn open(&self) -> Box<dyn Source> {
-        Box::new(PostgresSource::new(self.config.clone()))
+        match self.config.polls {
+            Some(_) => Box::new(PollSource::new(self.config.clone())),
+            None => Box::new(PostgresSource::new(self.config.clone())),
+        }
     }
 
     async fn commit(&self, writes: &[Write]) {
@@ -88,8 +110,15 @@ impl SourceSystem for Database {
         CaptureId::new(&self.config.source_name, table)
     }
 
-    /// Somebody drops the slot.
+    fn sees(&self) -> Sees {
+        if self.config.polls.is_some() { Sees::StandingRows } else { Sees::EveryChange }
+    }
+
+    /// Somebody drops the slot. What is polled is kept nowhere that it could be gone from.
     async fn prune(&self) -> bool {
+        if self.config.polls.is_some() {
+            return false;
+        }
         // The server may not have noticed yet that its reader has gone.
         let end =
             "select pg_terminate_backend(active_pid, 10000) from pg_replication_slots where slot_name = $1 and active";
@@ -101,10 +130,15 @@ impl SourceSystem for Database {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_contract_of_sources_holds_in_binary_format() {
-    run(&Databases { as_text: false }).await;
+    run(&Databases::Binary).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_contract_of_sources_holds_in_text_format() {
-    run(&Databases { as_text: true }).await;
+    run(&Databases::Text).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_contract_of_sources_holds_for_polled_tables() {
+    run(&Databases::Polled).await;
 }

@@ -16,6 +16,7 @@ mod mistakes_folders;
 mod mistakes_sql;
 mod orders_history;
 mod own_names;
+mod polled;
 mod postgres;
 mod printed;
 mod projections;
