@@ -128,10 +128,15 @@ mod tests {
             place: snapshot::Bookmark::decode(&place).unwrap(),
         };
         let bytes = bookmark.encode();
-        assert_eq!(
-            String::from_utf8(bytes.clone()).unwrap(),
-            r#"{"begun":{"floor":10,"highest":null,"snapshot":"7:9:7","time":20},"passed":[1,2,3,4],"place":[1,0,0,0,1,0,0,0,2,0,0,0,3,0,0,0,4,0,0,0,5,0,6],"table":1,"whole":{"floor":10,"highest":-5,"snapshot":"7:9:7","time":20}}"#
-        );
+        let stored = r#"{
+            "table": 1,
+            "whole": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": -5},
+            "begun": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": null},
+            "passed": [1, 2, 3, 4],
+            "place": [1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 6]
+        }"#;
+        assert_eq!(serde_json::from_slice::<Value>(&bytes).unwrap(), stored.parse::<Value>().unwrap());
+        assert_eq!(Bookmark::decode(stored.as_bytes()).unwrap(), bookmark);
         assert_eq!(Bookmark::decode(&bytes).unwrap(), bookmark);
         assert_eq!(Bookmark::decode(&Bookmark::new(3).encode()).unwrap(), Bookmark::new(3));
         assert!(Bookmark::is_one(&bytes) && !Bookmark::is_one(&place) && !Bookmark::is_one(&[]));
