@@ -81,6 +81,8 @@ struct Poll {
     begun: Instant,
     time: Micros,
     visibility: Visibility,
+    /// The first id of a transaction that was not given yet.
+    given: u64,
     activity: Activity,
     /// What stands before it.
     before: Position,
@@ -272,7 +274,7 @@ impl Open {
             let locked = begin::lock(&self.session.client, config, &self.tables[index].capture.table.name).await;
             self.allow(index, locked, batch)?;
         }
-        let visibility = begin::visibility(&self.session.client).await?;
+        let (visibility, given) = begin::visibility(&self.session.client).await?;
         for index in 0..self.tables.len() {
             let polled = &mut self.tables[index];
             if !polled.capture.failed {
@@ -288,6 +290,7 @@ impl Open {
             begun,
             time,
             visibility,
+            given,
             activity,
             before: self.furthest.max(self.watermark.staged),
             part: 0,
@@ -316,17 +319,24 @@ impl Open {
     /// What the poll tells of a table once it is read.
     fn seen(&self, poll: &Poll, index: usize) -> Seen {
         let whole = self.tables[index].bookmark.whole.as_ref();
-        let mut floor = poll.activity.oldest.map_or(poll.activity.time, |oldest| oldest.min(poll.activity.time));
-        // A transaction that had written by the last poll began before that; whenever, if it was not known then.
-        let wrote_before = |id: &u64| match whole {
-            Some(whole) => whole.visibility.has_given(*id),
-            None => !poll.activity.is_all,
-        };
-        if poll.visibility.running.iter().any(wrote_before) {
-            floor = floor.min(whole.map_or(0, |whole| whole.floor));
-        }
+        let told = poll.activity.oldest.map_or(poll.activity.time, |oldest| oldest.min(poll.activity.time));
+        // Before the first poll, nothing is known.
+        let at_least = if poll.activity.is_all && !poll.activity.has_prepared { told } else { 0 };
+        let since = |id: u64| whole.map_or(at_least, |whole| whole.since(id));
+        let waits: Vec<(u64, Micros)> = poll.visibility.running.iter().map(|id| (*id, since(*id))).collect();
+        let unlisted = poll.visibility.first_unlisted();
+        let unlisted = if unlisted < poll.given { since(unlisted) } else { poll.activity.time };
+        let floor = waits.iter().map(|(_, since)| *since).chain([unlisted]).fold(told, Micros::min);
         let highest = self.tables[index].highest;
-        Seen { visibility: poll.visibility.clone(), time: poll.activity.time, floor, highest }
+        Seen {
+            visibility: poll.visibility.clone(),
+            time: poll.activity.time,
+            floor,
+            waits,
+            given: poll.given,
+            unlisted,
+            highest,
+        }
     }
 
     /// Reads on in the table at hand.
@@ -428,7 +438,8 @@ impl Open {
         let client = &self.session.client;
         let polled = &mut self.tables[poll.table];
         let is_whole = !polled.capture.progress.is_done();
-        let begun = polled.bookmark.begun.get_or_insert_with(|| seen.clone());
+        polled.bookmark.begun.get_or_insert_with(|| seen.clone());
+        let begun = polled.bookmark.begun.as_ref().unwrap_or(&seen);
         let is_finishing = begun.time != seen.time;
         let Some(since) = &polled.bookmark.whole else {
             let object = format!("table {}", polled.capture.table.name);
@@ -438,16 +449,7 @@ impl Open {
             Some(cursor) => cursor,
             None => {
                 poll.offset = polled.column.offset(client, poll.activity.time).await?;
-                let then = polled.column.offset(client, since.floor).await?;
-                let from = looked_from(since, polls.overlap, poll.offset.min(then)).filter(|_| !is_whole);
-                let after = match polled.bookmark.passed {
-                    Some(passed) if changed::file_of(client, passed.relation).await? == passed.file => Some(passed),
-                    _ => None,
-                };
-                // Nothing tells any more how much of it is in the log.
-                let is_again = is_finishing && after.is_none();
-                let wanted = Wanted { column: &polled.column, since, up_to: None, after, from, is_snapshot: is_whole };
-                (Cursor::open(client, &polled.capture, &wanted).await?, is_again)
+                look(client, polled, since, polls, poll.offset, is_finishing).await?
             }
         };
         let wanted = Wanted {
@@ -528,6 +530,26 @@ impl Open {
     }
 }
 
+/// Opens the cursor on a table's changes since a poll. Whether nothing tells how much of what it finds is in the log, too.
+async fn look(
+    client: &Client,
+    polled: &Polled,
+    since: &Seen,
+    polls: Polls,
+    offset: Micros,
+    is_finishing: bool,
+) -> Result<(Cursor, bool)> {
+    let is_whole = !polled.capture.progress.is_done();
+    let then = polled.column.offset(client, since.floor).await?;
+    let from = looked_from(since, polls.overlap, offset.min(then)).filter(|_| !is_whole);
+    let after = match polled.bookmark.passed {
+        Some(passed) if changed::file_of(client, passed.relation).await? == passed.file => Some(passed),
+        _ => None,
+    };
+    let wanted = Wanted { column: &polled.column, since, up_to: None, after, from, is_snapshot: is_whole };
+    Ok((Cursor::open(client, &polled.capture, &wanted).await?, is_finishing && after.is_none()))
+}
+
 /// The file is looked up when it is stored.
 fn passed_at((relation, place): (u32, [u8; 6])) -> Passed {
     let [a, b, c, d, line @ ..] = place;
@@ -553,7 +575,16 @@ mod tests {
 
     #[test]
     fn a_poll_looks_from_before_all_that_the_last_one_could_not_see() {
-        let seen = |floor, highest| Seen { visibility: Visibility::read("7:7:").unwrap(), time: 1000, floor, highest };
+        let visibility = Visibility::read("7:7:").unwrap();
+        let seen = |floor, highest| Seen {
+            visibility: visibility.clone(),
+            time: 1000,
+            floor,
+            waits: Vec::new(),
+            given: 7,
+            unlisted: 1000,
+            highest,
+        };
         let from = |floor, highest, offset| looked_from(&seen(floor, highest), Duration::from_micros(100), offset);
         assert_eq!(from(1000, Some(990), 0), Some(890));
         assert_eq!(from(600, Some(990), 0), Some(490), "a transaction was open since 600");

@@ -9,7 +9,7 @@ use shori_core::{Error, ErrorKind, Result};
 pub(crate) struct Visibility {
     /// Every transaction with a lower id has ended.
     oldest: u64,
-    /// The first id that was not given yet.
+    /// None from here on is shown: it follows the last one that has ended.
     next: u64,
     /// Ids below that are not shown. Those of subtransactions are not told.
     pub running: Vec<u64>,
@@ -57,17 +57,18 @@ impl Visibility {
         }
     }
 
-    /// Whether the transaction had its id by then.
-    pub fn has_given(&self, id: u64) -> bool {
-        id < self.next
-    }
-
     /// The lower half of the oldest id that may not be shown.
     pub fn oldest_xid(&self) -> u32 {
         (self.oldest & u64::from(u32::MAX)) as u32
     }
 
-    fn whole_id(&self, xid: u32) -> u64 {
+    /// The first id that is not shown and not told to run either, whether or not it does.
+    pub fn first_unlisted(&self) -> u64 {
+        self.next
+    }
+
+    /// An id by its lower half.
+    pub fn whole_id(&self, xid: u32) -> u64 {
         let near = (self.next & !u64::from(u32::MAX)) | u64::from(xid);
         let half = 1 << 31;
         if near > self.next.saturating_add(half) {

@@ -18,6 +18,8 @@ pub(super) struct Activity {
     pub oldest: Option<Micros>,
     /// Whether it may know of all.
     pub is_all: bool,
+    /// Whether there are prepared ones, of which nobody tells when they began.
+    pub has_prepared: bool,
 }
 
 /// To be asked before the poll's snapshot is taken: whatever that does not show, and is not told here, begins later.
@@ -33,9 +35,10 @@ pub(super) async fn activity(client: &Client) -> Result<Activity> {
                     and pid <> pg_catalog.pg_backend_pid()
                     and backend_type is distinct from 'autovacuum worker'
             ),
-            pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'usage')";
+            pg_catalog.pg_has_role(current_user, 'pg_read_all_stats', 'usage'),
+            exists (select from pg_catalog.pg_prepared_xacts)";
     let row = client.query_one(query, &[]).await.map_err(|cause| sql_error("look at", "open transactions", cause))?;
-    Ok(Activity { time: row.get(0), oldest: row.get(1), is_all: row.get(2) })
+    Ok(Activity { time: row.get(0), oldest: row.get(1), is_all: row.get(2), has_prepared: row.get(3) })
 }
 
 pub(super) async fn clock(client: &Client) -> Result<Micros> {
@@ -85,9 +88,14 @@ pub(super) async fn back(client: &Client, savepoint: &str) -> Result<()> {
     client.batch_execute(&statement).await.map_err(|cause| sql_error("go on with", "a poll", cause))
 }
 
-pub(super) async fn visibility(client: &Client) -> Result<Visibility> {
-    let row = client.query_one("select pg_catalog.pg_current_snapshot()::text", &[]).await;
-    Visibility::read(row.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?.get(0))
+/// What the transaction shows, and the first id that was not given by then.
+pub(super) async fn visibility(client: &Client) -> Result<(Visibility, u64)> {
+    // The first id that any transaction may have is 3: its age is counted from the next one.
+    let row = client.query_one("select pg_catalog.pg_current_snapshot()::text, pg_catalog.age('3'::xid)", &[]).await;
+    let row = row.map_err(|cause| sql_error("look at", "the server's snapshot", cause))?;
+    let visibility = Visibility::read(row.get(0))?;
+    let given = visibility.whole_id(row.get::<_, i32>(1).cast_unsigned().wrapping_add(3));
+    Ok((visibility, given))
 }
 
 /// The column by which a table is polled.

@@ -18,6 +18,13 @@ pub(crate) struct Seen {
     pub time: Micros,
     /// What it did not show began at this time or later, as far as is known.
     pub floor: Micros,
+    /// Transactions that still ran, each with a time since which it did at the latest. Not every one's beginning is told: not
+    /// to every role, and of none that is prepared.
+    pub waits: Vec<(u64, Micros)>,
+    /// The first id that was not given yet: of those below, a snapshot does not list the ones above the last that ended.
+    pub given: u64,
+    /// The same of them as of those that are listed.
+    pub unlisted: Micros,
     /// The highest value of the timestamp column, in the column's own time; none in an empty table.
     pub highest: Option<Micros>,
 }
@@ -45,6 +52,18 @@ pub(crate) struct Bookmark {
     pub place: Option<snapshot::Bookmark>,
 }
 
+impl Seen {
+    /// Since when a transaction ran at the latest that runs later.
+    pub fn since(&self, id: u64) -> Micros {
+        match self.waits.iter().find(|(other, _)| *other == id) {
+            Some((_, since)) => *since,
+            None if id < self.given => self.unlisted,
+            // One that had not written by then is taken to have begun after it.
+            None => self.time,
+        }
+    }
+}
+
 impl Bookmark {
     pub fn new(table: u32) -> Self {
         Self { table, whole: None, begun: None, passed: None, place: None }
@@ -57,6 +76,9 @@ impl Bookmark {
                 "time": seen.time,
                 "floor": seen.floor,
                 "highest": seen.highest,
+                "waits": seen.waits,
+                "given": seen.given,
+                "unlisted": seen.unlisted,
             })
         };
         json!({
@@ -87,7 +109,12 @@ impl Bookmark {
             let number = |name: &str| value[name].as_i64().ok_or_else(damaged);
             let visibility = Visibility::read(value["snapshot"].as_str().ok_or_else(damaged)?)?;
             let highest = if value["highest"].is_null() { None } else { Some(number("highest")?) };
-            Ok(Some(Seen { visibility, time: number("time")?, floor: number("floor")?, highest }))
+            let waits = value["waits"].as_array().ok_or_else(damaged)?.iter();
+            let wait = |wait: &Value| Some((wait[0].as_u64()?, wait[1].as_i64()?));
+            let waits = waits.map(wait).collect::<Option<_>>().ok_or_else(damaged)?;
+            let (time, floor, unlisted) = (number("time")?, number("floor")?, number("unlisted")?);
+            let given = value["given"].as_u64().ok_or_else(damaged)?;
+            Ok(Some(Seen { visibility, time, floor, waits, given, unlisted, highest }))
         };
         let place = match &value["place"] {
             Value::Null => None,
@@ -119,7 +146,16 @@ mod tests {
     #[test]
     fn the_layout_is_the_permanent_one() {
         let place = [1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 6];
-        let seen = |highest| Seen { visibility: Visibility::read("7:9:7").unwrap(), time: 20, floor: 10, highest };
+        let visibility = Visibility::read("7:9:7").unwrap();
+        let seen = |highest| Seen {
+            visibility: visibility.clone(),
+            time: 20,
+            floor: 10,
+            waits: vec![(7, 5), (8, 6)],
+            given: 11,
+            unlisted: 4,
+            highest,
+        };
         let bookmark = Bookmark {
             table: 1,
             whole: Some(seen(Some(-5))),
@@ -130,8 +166,10 @@ mod tests {
         let bytes = bookmark.encode();
         let stored = r#"{
             "table": 1,
-            "whole": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": -5},
-            "begun": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": null},
+            "whole": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": -5, "waits": [[7, 5], [8, 6]],
+                "given": 11, "unlisted": 4},
+            "begun": {"snapshot": "7:9:7", "time": 20, "floor": 10, "highest": null, "waits": [[7, 5], [8, 6]],
+                "given": 11, "unlisted": 4},
             "passed": [1, 2, 3, 4],
             "place": [1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 6]
         }"#;
