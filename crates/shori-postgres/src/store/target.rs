@@ -166,21 +166,22 @@ pub(super) async fn prepare(link: &Link, schema: &str, target: &Target) -> Resul
         return Err(target_mismatch(table, "it stands already and no projection has written it".into()));
     }
     create_or_evolve(link, target, &wanted_columns, &standing).await?;
-    if target.shape == TargetShape::Versions {
-        create_as_of(link, table).await?;
-    }
     match stored {
         // Whoever dropped it, what its checkpoint says is no longer there.
         Some(_) if is_new => {
             reset(link, table).await?;
-            wanted.update(link, table).await
+            wanted.update(link, table).await?;
         }
-        Some(stored) => stored.follow(link, &wanted, table).await,
+        Some(stored) => stored.follow(link, &wanted, table).await?,
         None => {
             let values: super::session::Values<'_> = &[&table, &wanted.shape, &wanted.key, &wanted.definition];
-            link.execute(INSERT_METADATA, values, METADATA).await.map(drop)
+            link.execute(INSERT_METADATA, values, METADATA).await?;
         }
     }
+    if target.shape == TargetShape::Versions {
+        create_as_of(link, table).await?;
+    }
+    Ok(())
 }
 
 /// The table's columns, in order; none without the table.
