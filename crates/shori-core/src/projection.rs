@@ -134,6 +134,7 @@ impl fmt::Debug for HistoryProjection {
         if self.tracked != Tracked::default() {
             shown.field("tracked", &self.tracked);
         }
+        // `Target::keeps_tombstones` reads this.
         if self.deletes != Deletes::default() {
             shown.field("deletes", &self.deletes);
         }
@@ -187,6 +188,14 @@ pub enum TargetShape {
     Rows,
     /// Several versions per key; see [`history`].
     Versions,
+}
+
+impl Target {
+    /// Whether a deletion leaves a version of its own. A store that knows a target by its definition alone asks this when that
+    /// has changed: tombstones of before, which nothing would end any more, end then.
+    pub fn keeps_tombstones(&self) -> bool {
+        self.definition.contains("deletes: Tombstone")
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -226,6 +226,20 @@ pub(crate) async fn layout(
     layout_of(table, oid, sent, &key, types)
 }
 
+const SENT_COLUMNS: &str = "
+select attname::text, atttypid, atttypmod, attnotnull
+from pg_catalog.pg_attribute
+where attrelid = $1 and attnum > 0 and not attisdropped and attgenerated = ''
+order by attnum";
+
+/// Names, types and modifiers of the columns that would be sent of the table now.
+pub(crate) async fn sent_now(client: &Client, layout: &Layout) -> Result<Vec<(String, u32, i32)>> {
+    let object = format!("table {}", layout.schema.table);
+    let rows =
+        client.query(SENT_COLUMNS, &[&layout.oid]).await.map_err(|cause| sql_error("look at", &object, cause))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
+}
+
 impl Layout {
     /// The table as a publication with a column list sends it.
     pub fn published(self, table: &PostgresTable, columns: Option<&[String]>, types: &Types) -> Result<Self> {

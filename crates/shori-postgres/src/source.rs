@@ -75,6 +75,9 @@ struct Open {
     told_of_waiting: bool,
     /// What goes into the log with the next batch that moves on: it would take one that does not for known.
     news: News,
+    /// Captures whose tables had other columns at start than their log, and where what had waited until then ends.
+    behind: Vec<usize>,
+    waited_until: WalLocation,
     /// A call was dropped before it had ended: what it had read is lost.
     interrupted: bool,
 }
@@ -181,7 +184,7 @@ impl Open {
         let names: Vec<String> = found.layouts.iter().map(|(table, _)| table.name.clone()).collect();
         let (published, made) = setup::publication(client, config, &names).await?;
         let slot = setup::slot(client, config, made, resume.values().any(start::has_begun)).await?;
-        let ready = start::captures(client, config, resume, found, &published, &slot, &types).await?;
+        let ready = start::captures(config, resume, found, &published, &slot, &types)?;
         let watermark = ready.watermark(&slot, resume)?;
         let from = positions::read_on_at(&watermark.staged)?;
         let binary = !in_text
@@ -190,7 +193,7 @@ impl Open {
         let sight = Sight::of(client).await?;
         setup::slot_is_free(client, config).await?;
         let replication = Replication::start(&config.server, request).await?;
-        let started = Started { identity: facts.identity, captures: ready.infos(resume), failed: ready.failed };
+        let started = Started { identity: facts.identity, captures: ready.infos(), failed: ready.failed };
         let is_wanted_whole = ready.captures.iter().any(|capture| capture.progress.state == SnapshotState::Requested);
         let mut cursor = Cursor::new(ready.captures, watermark, from, ready.furthest);
         if ready.is_partly_read {
@@ -216,10 +219,9 @@ impl Open {
             },
             chunk_due: now,
             told_of_waiting: false,
-            news: News {
-                schemas: ready.reshaped.iter().map(|(info, _)| info.clone()).collect(),
-                snapshots: ready.reshaped.into_iter().map(|(info, progress)| (info.id, progress)).collect(),
-            },
+            news: News::default(),
+            behind: ready.behind,
+            waited_until: sight.wal_end,
             interrupted: false,
         };
         Ok((started, open))
@@ -246,11 +248,14 @@ impl Open {
         gathered.snapshots.append(&mut self.news.snapshots);
         answered(config, self.watch(config, &mut gathered)).await?;
         answered(config, self.settle()).await?;
+        answered(config, self.follow_shapes(config, &mut gathered)).await?;
         let read_chunk = self.chunk(config, limit, &mut gathered).await?;
         if !read_chunk {
             self.stream(config, limit, &mut gathered).await?;
         }
         self.tell_idle(!gathered.is_empty() || self.cursor.is_held())?;
+        // Before anybody takes what was read for all there is.
+        answered(config, self.follow_shapes(config, &mut gathered)).await?;
         let mut gathered = gathered.finish()?;
         if self.cursor.watermark.staged == before {
             self.news = News {

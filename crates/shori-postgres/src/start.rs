@@ -9,7 +9,7 @@ use shori_core::source::{CaptureInfo, Resume, SnapshotProgress, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
 use tokio_postgres::Client;
 
-use crate::catalog::{self, Found, Layout, Types};
+use crate::catalog::{Found, Layout, Types};
 use crate::message::WalLocation;
 use crate::setup::{self, Facts, Published, Slot};
 use crate::snapshot::Bookmark;
@@ -27,9 +27,9 @@ pub(crate) struct Ready {
     pub furthest: Position,
     /// Whether what is in the log may show commits that are still to come in the stream.
     pub is_partly_read: bool,
-    /// Tables that have other columns than the log knows, with values in them: they are to be read anew. Until that is in
-    /// the log, their schema is the one that it knows, so that it is found again after a crash.
-    pub reshaped: Vec<(CaptureInfo, SnapshotProgress)>,
+    /// Captures of tables that have columns of which the log does not know. What waits in the slot was written before them, as a rule:
+    /// they are followed when that has been read, where no row has told of them by then.
+    pub behind: Vec<usize>,
 }
 
 pub(crate) fn has_begun(known: &Resume) -> bool {
@@ -47,8 +47,7 @@ pub(crate) fn must_be_streamed(config: &PostgresConfig, resume: &BTreeMap<Captur
 }
 
 /// Takes up every table that was found, where the log has it.
-pub(crate) async fn captures(
-    client: &Client,
+pub(crate) fn captures(
     config: &PostgresConfig,
     resume: &BTreeMap<CaptureId, Resume>,
     found: Found,
@@ -63,7 +62,7 @@ pub(crate) async fn captures(
         lowest: None,
         furthest: Position::ZERO,
         is_partly_read: resume.values().any(|known| known.watermark.boundary < known.watermark.staged),
-        reshaped: Vec::new(),
+        behind: Vec::new(),
     };
     for (table, layout) in found.layouts {
         let id = id(&table.name);
@@ -76,7 +75,7 @@ pub(crate) async fn captures(
         });
         ready.furthest = ready.furthest.max(known.map_or(Position::ZERO, |known| known.watermark.staged));
         match checked {
-            Ok(layout) => ready.take_up(client, config, id, table, layout, known).await?,
+            Ok(layout) => ready.take_up(config, id, table, layout, known, types)?,
             Err(error) => ready.failed.push((id, error)),
         }
     }
@@ -110,25 +109,24 @@ pub(crate) async fn leave_out_unpublished(
 }
 
 impl Ready {
-    async fn take_up(
+    fn take_up(
         &mut self,
-        client: &Client,
         config: &PostgresConfig,
         id: CaptureId,
         table: PostgresTable,
-        layout: Layout,
+        mut layout: Layout,
         known: Option<&Resume>,
+        types: &Types,
     ) -> Result<()> {
-        let mut progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
+        let progress = known.map_or(SnapshotProgress::requested(1), |known| known.snapshot.clone());
         if let Some(begun) = known.filter(|known| has_begun(known)) {
             let watermark = begun.watermark;
             self.is_partly_read |= !begun.snapshot.is_done();
             let lowest = self.lowest.filter(|lowest| lowest.staged <= watermark.staged);
             self.lowest = Some(lowest.unwrap_or(watermark));
-            if catalog::hold_values(client, layout.oid, &added(begun, &layout)).await? {
-                progress = read_anew(&id, &progress);
-                let info = CaptureInfo { id: id.clone(), schema: layout.schema.clone() };
-                self.reshaped.push((info, progress.clone()));
+            if let Some(schema) = begun.schema.as_ref().filter(|_| !added(begun, &layout).is_empty()) {
+                layout = as_known(&table, layout, schema, types)?;
+                self.behind.push(self.captures.len());
             }
         }
         let schema_name = config.schema.as_str().into();
@@ -137,14 +135,8 @@ impl Ready {
     }
 
     /// What is captured, as the log is to know it.
-    pub fn infos(&self, resume: &BTreeMap<CaptureId, Resume>) -> Vec<CaptureInfo> {
-        let known = |id: &CaptureId| resume.get(id).and_then(|known| known.schema.clone());
-        let is_reshaped = |id: &CaptureId| self.reshaped.iter().any(|(info, _)| info.id == *id);
-        let info = |capture: &Capture| CaptureInfo {
-            id: capture.id.clone(),
-            schema: (known(&capture.id).filter(|_| is_reshaped(&capture.id)))
-                .unwrap_or_else(|| capture.layout.schema.clone()),
-        };
+    pub fn infos(&self) -> Vec<CaptureInfo> {
+        let info = |capture: &Capture| CaptureInfo { id: capture.id.clone(), schema: capture.layout.schema.clone() };
         self.captures.iter().map(info).collect()
     }
 
@@ -170,6 +162,14 @@ fn added(known: &Resume, layout: &Layout) -> Vec<String> {
         Some(SchemaChange::Evolved { added, .. }) => added.iter().map(|field| field.name().clone()).collect(),
         _ => Vec::new(),
     }
+}
+
+/// A table without the columns that the log does not know.
+fn as_known(table: &PostgresTable, layout: Layout, schema: &TableSchema, types: &Types) -> Result<Layout> {
+    let names: Vec<String> = schema.columns.fields().iter().map(|field| field.name().clone()).collect();
+    let mut table = table.clone();
+    table.columns.retain(|name, _| names.contains(name));
+    layout.published(&table, Some(&names), types)
 }
 
 pub(crate) fn read_anew(capture: &CaptureId, progress: &SnapshotProgress) -> SnapshotProgress {
@@ -249,7 +249,7 @@ mod tests {
             lowest: None,
             furthest: staged,
             is_partly_read,
-            reshaped: Vec::new(),
+            behind: Vec::new(),
         };
         let slot = Slot { forgotten_to: 48, lost: None };
         assert_eq!(ready(true).watermark(&slot, &asked(told)).unwrap(), at(told));

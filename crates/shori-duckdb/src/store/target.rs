@@ -156,6 +156,17 @@ pub(super) fn prepare(session: &Session, target: &Target) -> Result<()> {
     Ok(())
 }
 
+/// Nothing follows them any more: they end where they began.
+fn end_tombstones(session: &Session, table: &str) -> Result<()> {
+    let sql = format!(
+        "update {} set valid_to = valid_from + interval 1 microsecond, is_current = false, updated_at = $1 \
+         where is_current and cdc_operation = '{}'",
+        quote_name(table),
+        history::DELETE
+    );
+    session.execute(&sql, &[time(now())], table).map(|_| ())
+}
+
 /// The function by which people ask for a history's rows at a time.
 fn create_as_of(session: &Session, table: &str) -> Result<()> {
     const TIME: &str = "__shori_as_of";
@@ -211,7 +222,14 @@ fn prepare_plain(session: &Session, target: &Target, wanted: &Written, stored: O
             reset_in(session, table)?;
             wanted.update(session, table)
         }
-        Some(stored) if stored.shape != NO_SHAPE => stored.follow(session, wanted, table),
+        Some(stored) if stored.shape != NO_SHAPE => {
+            let differs = stored.definition != wanted.definition;
+            stored.follow(session, wanted, table)?;
+            match differs && target.shape == TargetShape::Versions && !target.keeps_tombstones() {
+                true => end_tombstones(session, table),
+                false => Ok(()),
+            }
+        }
         _ if !is_new && !is_empty(session, table)? => {
             Err(target_mismatch(table, "it stands already and no projection has written it".into()))
         }

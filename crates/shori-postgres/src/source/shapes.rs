@@ -69,6 +69,30 @@ impl Open {
         Ok(())
     }
 
+    /// Follows tables that had other columns at start than their log, when all that had waited until then has been read.
+    pub(super) async fn follow_shapes(&mut self, config: &PostgresConfig, gathered: &mut Gathered) -> Result<()> {
+        if self.behind.is_empty() {
+            return Ok(());
+        }
+        if self.cursor.read_to < self.waited_until || !self.cursor.is_between_commits() {
+            // Where nothing more is written, only the server's answer tells so.
+            self.replication.ask();
+            return Ok(());
+        }
+        for index in std::mem::take(&mut self.behind) {
+            let capture = &self.cursor.captures[index];
+            let published = self.published.get(&capture.table.name).and_then(|published| published.columns.clone());
+            let mut columns = catalog::sent_now(&self.session.client, &capture.layout).await?;
+            columns.retain(|(name, ..)| published.as_ref().is_none_or(|names| names.contains(name)));
+            let known = capture.layout.columns.iter().map(|known| (&known.name, known.type_oid, known.modifier));
+            if columns.iter().map(|(name, oid, modifier)| (name, *oid, *modifier)).eq(known) {
+                continue;
+            }
+            self.reshape(config, Reshaped { capture: index, columns }, gathered).await?;
+        }
+        Ok(())
+    }
+
     /// Rows hold what was not sent of them: the table is read whole, if it is not about to be anyhow.
     fn read_anew(&mut self, index: usize, gathered: &mut Gathered) {
         let capture = &mut self.cursor.captures[index];

@@ -172,14 +172,20 @@ pub(super) async fn prepare(link: &Link, schema: &str, target: &Target) -> Resul
             reset(link, table).await?;
             wanted.update(link, table).await?;
         }
-        Some(stored) => stored.follow(link, &wanted, table).await?,
+        Some(stored) => {
+            let differs = stored.definition != wanted.definition;
+            stored.follow(link, &wanted, table).await?;
+            if differs && target.shape == TargetShape::Versions && !target.keeps_tombstones() {
+                end_tombstones(link, table).await?;
+            }
+        }
         None => {
             let values: super::session::Values<'_> = &[&table, &wanted.shape, &wanted.key, &wanted.definition];
             link.execute(INSERT_METADATA, values, METADATA).await?;
         }
     }
     if target.shape == TargetShape::Versions {
-        create_as_of(link, table).await?;
+        create_as_of(link, schema, table).await?;
     }
     Ok(())
 }
@@ -245,10 +251,23 @@ async fn create_or_evolve(
     Ok(())
 }
 
+/// Nothing follows them any more: they end where they began.
+async fn end_tombstones(link: &Link, table: &str) -> Result<()> {
+    let sql = format!(
+        "update {} set valid_to = valid_from + interval '1 microsecond', is_current = false, updated_at = $1 \
+         where is_current and cdc_operation = '{}'",
+        quoted(table),
+        history::DELETE
+    );
+    link.execute_of(&sql, &[&Time(now())], table).await.map(drop)
+}
+
 /// The function by which people ask for a history's rows at a time. It takes the table's columns as they are when it is
 /// asked.
-async fn create_as_of(link: &Link, table: &str) -> Result<()> {
-    let (name, table_name) = (quoted(&history::as_of_function(table)), quoted(table));
+async fn create_as_of(link: &Link, schema: &str, table: &str) -> Result<()> {
+    // Whoever asks may look for tables elsewhere.
+    let qualified = |name: &str| format!("{}.{}", quoted(schema), quoted(name));
+    let (name, table_name) = (qualified(&history::as_of_function(table)), qualified(table));
     let is_there = link.rows(HAS_FUNCTION, &[&format!("{name}(timestamptz)")], table).await?;
     if is_there.first().is_some_and(|row| row.get(0)) {
         return Ok(());

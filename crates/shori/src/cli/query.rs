@@ -3,8 +3,11 @@
 use std::borrow::Cow;
 use std::io::{BufWriter, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use arrow::array::{AsArray, RecordBatch};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, FieldRef, Schema};
 use arrow::util::pretty::pretty_format_batches;
 use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
 use clap::Args;
@@ -82,9 +85,25 @@ fn ask_postgres(loaded: &Loaded, reach: &Reach, store: Option<&str>, question: &
         out.flush().map_err(unprinted)?;
     } else {
         let batches = reach.query(loaded, store, question)?;
+        let batches = batches.iter().map(with_offsets).collect::<Result<Vec<_>>>()?;
         super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Times in UTC by its offset: names of zones are not known to what prints them.
+fn with_offsets(batch: &RecordBatch) -> Result<RecordBatch> {
+    let shown = |field: &FieldRef| match field.data_type() {
+        DataType::Timestamp(unit, Some(_)) => {
+            let data_type = DataType::Timestamp(*unit, Some("+00:00".into()));
+            Arc::new(field.as_ref().clone().with_data_type(data_type))
+        }
+        _ => field.clone(),
+    };
+    let schema = Arc::new(Schema::new(batch.schema().fields().iter().map(shown).collect::<Vec<_>>()));
+    let columns = batch.columns().iter().zip(schema.fields());
+    let columns: Vec<_> = columns.map(|(column, field)| cast(column, field.data_type())).collect::<Result<_, _>>()?;
+    Ok(RecordBatch::try_new(schema.clone(), columns)?)
 }
 
 /// A time as people write it; without a zone it is UTC.
@@ -110,6 +129,7 @@ fn as_of(loaded: &Loaded, store: Option<&str>, time: NaiveDateTime, question: &s
             && projection.kind == ProjectionKind::History
             && reach::target(loaded, projection)? == asked
         {
+            refuse_qualified(question, &projection.name)?;
             let name = format!("\"{}\"", projection.name.replace('"', "\"\""));
             let schema = match loaded.store(asked)? {
                 store if store.kind == StoreKind::Postgres => store.schema(),
@@ -126,6 +146,23 @@ fn as_of(loaded: &Loaded, store: Option<&str>, time: NaiveDateTime, question: &s
             .with_remedy("name another store with --store, or leave --as-of out"));
     }
     Ok(format!("with {} select * from (\n{question}\n) as __shori_then", views.join(", ")))
+}
+
+/// With its schema before it, a name means the table, as it is now.
+fn refuse_qualified(question: &str, history: &str) -> Result<()> {
+    let (question, name) = (question.to_lowercase(), history.to_lowercase());
+    let found = [format!(".{name}"), format!(".\"{name}\"")].into_iter().any(|qualified| {
+        question.match_indices(&qualified).any(|(at, _)| {
+            let after = question[at + qualified.len()..].chars().next();
+            after.is_none_or(|letter| !(letter.is_alphanumeric() || letter == '_'))
+        })
+    });
+    if !found {
+        return Ok(());
+    }
+    let cause = format!("it names {history} with what it is in, which means the table as it is now");
+    Err(Error::new(ErrorKind::Usage, "ask", "a question as of a time", cause)
+        .with_remedy(format!("write {history} alone, or ask without --as-of")))
 }
 
 /// The question's rows as JSON: DuckDB itself knows best how its values read. A column hides a row of the same name, so

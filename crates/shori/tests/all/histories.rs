@@ -106,6 +106,21 @@ fn a_history_has_versions_of_what_it_tracks_and_tombstones() {
 }
 
 #[test]
+fn tombstones_end_where_they_are_kept_no_more() {
+    let mut world = world();
+    STEPS[..3].iter().flat_map(|step| step.iter()).for_each(|statement| world.write(statement));
+    world.succeed(&["run", "--once"]);
+    assert_eq!(world.value("select count(*) from names where is_current and cdc_operation = 'DELETE'"), "1");
+    world.configure(&CONFIGURATION.replace("deletes = \"tombstone\"", ""));
+    world.write("insert into items values (2, 'again', 0)");
+    world.succeed(&["run", "--once"]);
+    world.write("update items set name = 'and again' where id = 2");
+    world.succeed(&["run", "--once"]);
+    assert_eq!(world.value("select count(*) from names where is_current and id = 2"), "1");
+    world.verify();
+}
+
+#[test]
 fn a_history_tells_what_was_at_a_time() {
     let world = world();
     for step in STEPS {
@@ -130,6 +145,8 @@ fn a_history_tells_what_was_at_a_time() {
     assert_eq!(before.out, "");
     let now = world.succeed(&["query", "--as-of", "2100-01-01 00:00", "select count(*) as n from names"]);
     assert!(now.out.contains("| 2 |"), "{now:?}");
+    let done = world.shori(&["query", "--as-of", "2100-01-01", "select count(*) from main.names"]);
+    assert!(done.err.contains("write names alone"), "{done:?}");
     let done = world.shori(&["query", "--as-of", "noon", question]);
     assert_eq!(done.status, Some(2), "{done:?}");
     assert!(done.err.contains("it is no time: write 2026-"), "{done:?}");

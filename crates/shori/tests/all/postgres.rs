@@ -273,6 +273,37 @@ fn a_history_in_a_server_tells_what_was_at_a_time() {
     assert_eq!(ask(&[&just_before]), "{n: 5000, most: 50.00}");
     assert_eq!(ask(&["select count(*) as n from amounts where cdc_operation = 'DELETE' and is_current"]), "{n: 10}");
     assert_eq!(ask(&["--as-of", "2001-01-01", count]), "{n: 0, free: 0}");
+    let shown = shop.world.succeed(&["query", "select '2026-01-02 03:04:05+02'::timestamptz as t"]);
+    assert!(shown.out.contains("2026-01-02T01:04:05Z"), "{shown:?}");
+    // Tombstones end where they are kept no more, so that their keys can come back.
+    let configuration = std::fs::read_to_string(shop.world.path("shori.toml")).unwrap();
+    shop.world.put("shori.toml", &configuration.replace("deletes = \"tombstone\"", ""));
+    shop.sql(server, "insert into orders values (4999, 1, 1, 'back', now())");
+    shop.assert_verified();
+    assert_eq!(ask(&["select count(*) as n from amounts where cdc_operation = 'DELETE' and is_current"]), "{n: 0}");
+}
+
+/// What had waited in the slot before the column was added has its own times, and the values of then.
+#[test]
+fn a_column_added_behind_a_backlog_is_followed_where_it_was_added() {
+    let server = Server::shared();
+    let shop = Shop::over(server);
+    shop.world.succeed(&["run", "--once"]);
+    shop.sql(server, "update orders set amount = 11 where order_id = 1");
+    shop.sql(
+        server,
+        "alter table orders add column channel text default 'web'; alter table orders add column more int",
+    );
+    shop.sql(server, "update orders set amount = 12 where order_id = 1");
+    shop.assert_verified();
+    let amounts = "select string_agg(amount::int || ' ' || coalesce(channel, '-'), ', ' order by valid_from) from orders_history where order_id = 1";
+    assert_eq!(shop.world.value(amounts), "0 -, 11 -, 12 web");
+    let channels = "select count(*) from orders_history where is_current and channel = 'web'";
+    assert_eq!(shop.world.value(channels), "5000");
+    // Where no row tells of it.
+    shop.sql(server, "alter table customers add column age int default 7");
+    shop.assert_verified();
+    assert_eq!(shop.world.value("select count(*) from customers_latest where age = 7"), "200");
 }
 
 #[test]
