@@ -134,6 +134,12 @@ impl Shop {
 
     /// What a second writer does, until told to stop; a server that is not there is waited for.
     fn keep_writing(&self, server: &'static Server, seed: u64) -> Writer {
+        self.keep_writing_every(server, seed, Duration::ZERO)
+    }
+
+    /// The same with a pause between two transactions: flat out, they would be more than a pipeline can read that dies at
+    /// every place.
+    fn keep_writing_every(&self, server: &'static Server, seed: u64, pause: Duration) -> Writer {
         let stop = Arc::new(AtomicBool::new(false));
         let commits = Arc::new(AtomicU64::new(0));
         let (stopped, committed, database) = (stop.clone(), commits.clone(), self.database.clone());
@@ -141,6 +147,7 @@ impl Shop {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let mut client = server.connect(&database).await;
             while !stopped.load(Ordering::Relaxed) {
+                tokio::time::sleep(pause).await;
                 let written = client.batch_execute(&transaction(&mut rng)).await;
                 match written {
                     Ok(()) => drop(committed.fetch_add(1, Ordering::Relaxed)),
@@ -347,7 +354,7 @@ fn is_killed_at_each_place(kept: Kept) {
     let shop = Shop::kept(server, kept);
     let configuration = std::fs::read_to_string(shop.world.path("shori.toml")).unwrap();
     shop.world.put("shori.toml", &format!("{configuration}\n{}", failpoints::RETENTION));
-    let writer = shop.keep_writing(server, 4);
+    let writer = shop.keep_writing_every(server, 4, Duration::from_millis(30));
     let asked = Asked { table: "orders", projection: "orders_history" };
     let unreached = failpoints::kill_at_each(&shop.world, &asked, || {
         let before = writer.commits();
