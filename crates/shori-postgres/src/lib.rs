@@ -29,6 +29,7 @@ mod catalog;
 pub mod column_builder;
 pub mod column_types;
 mod connect;
+mod copied;
 mod date_time;
 mod look;
 pub mod message;

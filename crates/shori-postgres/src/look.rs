@@ -91,7 +91,7 @@ pub async fn sample(config: &PostgresConfig, rows: usize) -> Result<Vec<ChangeBa
         };
         let place = snapshot::Place { read_to: 8, chunk: 0, time: 0, filter: None };
         let limit = BatchLimit { rows, bytes: SAMPLE_MAX_BYTES };
-        sampled.extend(snapshot::read_chunk(transaction.client(), &capture, &place, None, limit).await?.rows);
+        sampled.extend(snapshot::read_chunk(transaction.client(), &capture, &place, None, limit).await?.changes);
     }
     Ok(sampled)
 }

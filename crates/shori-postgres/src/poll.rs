@@ -408,7 +408,7 @@ impl Open {
         if rows > 0 {
             poll.newest = poll.newest.max(poll.time);
         }
-        batch.changes.extend(chunk.rows);
+        batch.changes.extend(chunk.changes);
         batch.rejected.extend(chunk.rejected);
         if !chunk.ended {
             return Ok(false);

@@ -18,13 +18,13 @@ use shori_core::change::{ChangeBatch, Op};
 use shori_core::position::{Micros, Position};
 use shori_core::source::{BatchLimit, Rejected, SnapshotProgress, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
-use tokio_postgres::binary_copy::{BinaryCopyOutRow, BinaryCopyOutStream};
 use tokio_postgres::types::{FromSql, PgLsn, Type};
 use tokio_postgres::{Client, Transaction};
 
 use crate::batch::BatchBuilder;
 use crate::catalog::{Layout, columns_gone};
 use crate::connect::{quoted, sql_error};
+use crate::copied::Rows;
 use crate::message::{Value, WalLocation};
 use crate::positions;
 use crate::stream::Capture;
@@ -35,6 +35,8 @@ const ROWS_PER_BLOCK: f64 = 100.0;
 const BYTES_PER_BLOCK: f64 = 16_384.0;
 /// Blocks read by one statement.
 const BLOCKS_MAX: f64 = 65_536.0;
+/// Rows of a chunk that stand in one batch: more would be moved each time that a column of it grows.
+const BATCH_ROWS: usize = 16_384;
 
 /// What a session sees, and when.
 pub(crate) struct Sight {
@@ -88,7 +90,7 @@ pub(crate) async fn begin(client: &mut Client) -> Result<Transaction<'_>> {
 
 /// Rows of one capture, read under one snapshot.
 pub(crate) struct Chunk {
-    pub rows: Option<ChangeBatch>,
+    pub changes: Vec<ChangeBatch>,
     pub rejected: Vec<Rejected>,
     pub bytes: usize,
     /// Where the next one goes on.
@@ -123,6 +125,8 @@ pub(crate) async fn read_chunk(
         place,
         limit,
         builder: BatchBuilder::new(capture.id.clone(), layout)?,
+        changes: Vec::new(),
+        bytes: 0,
         rejected: Vec::new(),
         rows: 0,
         gone: columns_gone(client, layout).await?,
@@ -137,14 +141,16 @@ pub(crate) async fn read_chunk(
         }
     };
     let bookmark = bookmark.unwrap_or(Bookmark::nowhere(layout.oid));
-    let (bytes, Reader { builder, rejected, .. }) = (reader.builder.bytes(), reader);
-    Ok(Chunk { rows: builder.finish()?, rejected, bytes, bookmark, ended })
+    let bytes = reader.bytes();
+    let Reader { builder, mut changes, rejected, .. } = reader;
+    changes.extend(builder.finish()?);
+    Ok(Chunk { changes, rejected, bytes, bookmark, ended })
 }
 
 impl Chunk {
     /// Of images that can be carried.
     pub fn len(&self) -> usize {
-        self.rows.as_ref().map_or(0, ChangeBatch::len)
+        self.changes.iter().map(ChangeBatch::len).sum()
     }
 
     /// How far the snapshot has come once the chunk is in the log, which had come to `before` and stands at `at`.
@@ -174,6 +180,9 @@ struct Reader<'a> {
     place: &'a Place<'a>,
     limit: BatchLimit,
     builder: BatchBuilder,
+    /// Batches before the one that is being built, and their bytes.
+    changes: Vec<ChangeBatch>,
+    bytes: usize,
     rejected: Vec<Rejected>,
     rows: u32,
     /// Columns that the table has no more.
@@ -183,6 +192,7 @@ struct Reader<'a> {
 /// A table or partition with storage of its own, and where to read on in it.
 struct Part {
     bookmark: Bookmark,
+    /// As many as the rows take that are still to be read.
     blocks_at_once: u32,
 }
 
@@ -191,8 +201,12 @@ impl Reader<'_> {
         sql_error("read a snapshot of", &format!("table {}", self.capture.table.name), cause)
     }
 
+    fn bytes(&self) -> usize {
+        self.bytes + self.builder.bytes()
+    }
+
     fn is_full(&self) -> bool {
-        self.rows as usize >= self.limit.rows || self.builder.bytes() >= self.limit.bytes
+        self.rows as usize >= self.limit.rows || self.bytes() >= self.limit.bytes
     }
 
     /// Where to go on; `None` at the end of the last part.
@@ -230,9 +244,9 @@ impl Reader<'_> {
             let (tuples, pages, bytes): (f64, f64, f64) = (row.get(3), row.get(4), row.get(5));
             let per_block = if tuples > 0.0 && pages > 0.0 { (tuples / pages).max(1.0) } else { ROWS_PER_BLOCK };
             let block_bytes = if blocks > 0 { (bytes / f64::from(blocks)).max(1.0) } else { BYTES_PER_BLOCK };
-            let by_rows = self.limit.rows as f64 / per_block;
-            let by_bytes = self.limit.bytes as f64 / block_bytes;
-            let blocks_at_once = by_rows.min(by_bytes).clamp(1.0, BLOCKS_MAX) as u32;
+            let by_rows = self.limit.rows.saturating_sub(self.rows as usize) as f64 / per_block;
+            let by_bytes = self.limit.bytes.saturating_sub(self.bytes()) as f64 / block_bytes;
+            let blocks_at_once = by_rows.min(by_bytes).ceil().clamp(1.0, BLOCKS_MAX) as u32;
             return Ok(Some(Part { bookmark: here, blocks_at_once }));
         }
         Ok(None)
@@ -245,22 +259,20 @@ impl Reader<'_> {
         let query = self.query(&from, end).await?;
         let layout = self.capture.layout.clone();
         let stream = self.client.copy_out(&query).await.map_err(|cause| self.fail(cause))?;
-        // What a value is, the layout knows: here it is bytes.
-        let types = vec![Type::BYTEA; layout.columns.len() + 1];
-        let mut stream = std::pin::pin!(BinaryCopyOutStream::new(stream, &types));
-        while let Some(row) = stream.next().await {
-            let row = row.map_err(|cause| self.fail(cause))?;
-            let (block, offset) = place_of(&row).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Data,
-                    "decode",
-                    format!("a row of table {}", self.capture.table.name),
-                    "it has no place",
-                )
-            })?;
-            self.push(&layout, &row)?;
-            if self.is_full() {
-                return Ok(Bookmark { block, row: offset.saturating_add(1), ..from });
+        let mut stream = std::pin::pin!(stream);
+        let undecoded = |table: &str, cause: &'static str| {
+            Error::new(ErrorKind::Data, "decode", format!("a row of table {table}"), cause)
+        };
+        let mut rows = Rows::default();
+        while let Some(message) = stream.next().await {
+            rows.push(message.map_err(|cause| self.fail(cause))?);
+            while rows.advance().map_err(|fault| undecoded(&self.capture.table.name, fault))?.is_some() {
+                let (block, offset) =
+                    place_of(&rows).ok_or_else(|| undecoded(&self.capture.table.name, "it has no place"))?;
+                self.push(&layout, &rows)?;
+                if self.is_full() {
+                    return Ok(Bookmark { block, row: offset.saturating_add(1), ..from });
+                }
             }
         }
         Ok(Bookmark { block: end, row: 0, ..from })
@@ -285,16 +297,18 @@ impl Reader<'_> {
         ))
     }
 
-    fn push(&mut self, layout: &Layout, row: &BinaryCopyOutRow) -> Result<()> {
+    fn push(&mut self, layout: &Layout, row: &Rows) -> Result<()> {
         let position = positions::of_chunk_row(self.place.read_to, self.place.chunk, self.rows)?;
         self.rows += 1;
-        let mut values = Vec::with_capacity(layout.columns.len());
-        for index in 0..layout.columns.len() {
-            let value = row.try_get::<Option<Raw<'_>>>(index + 1).map_err(|cause| self.fail(cause))?;
-            values.push(value_of(layout, index, value));
+        // Behind its place.
+        let values = (1..row.len()).map(|column| value_of(layout, column - 1, row.value(column).map(Raw)));
+        if let Err(reason) = self.builder.push(values.clone(), &position, Op::Snapshot, self.place.time) {
+            self.rejected.push(rejected(self.capture, position, reason, &values.collect::<Vec<_>>()));
         }
-        if let Err(reason) = self.builder.push(values.iter().copied(), &position, Op::Snapshot, self.place.time) {
-            self.rejected.push(rejected(self.capture, position, reason, &values));
+        if self.builder.len() >= BATCH_ROWS {
+            self.bytes += self.builder.bytes();
+            let next = BatchBuilder::new(self.capture.id.clone(), layout)?;
+            self.changes.extend(std::mem::replace(&mut self.builder, next).finish()?);
         }
         Ok(())
     }
@@ -342,9 +356,8 @@ pub(crate) fn rejected(capture: &Capture, position: Position, reason: String, va
 }
 
 /// Where a row lies: block and line, the binary format of `tid`.
-fn place_of(row: &BinaryCopyOutRow) -> Option<(u32, u16)> {
-    let Raw(bytes) = row.try_get::<Raw<'_>>(0).ok()?;
-    let (block, line) = bytes.split_first_chunk::<4>()?;
+fn place_of(row: &Rows) -> Option<(u32, u16)> {
+    let (block, line) = row.value(0)?.split_first_chunk::<4>()?;
     Some((u32::from_be_bytes(*block), u16::from_be_bytes(line.try_into().ok()?)))
 }
 

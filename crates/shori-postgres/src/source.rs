@@ -254,6 +254,10 @@ impl Open {
             self.stream(config, limit, &mut gathered).await?;
         }
         self.tell_idle(!gathered.is_empty() || self.cursor.is_held())?;
+        if !read_chunk {
+            // It may have waited for no more than what has come now. So it is read while the one before is appended.
+            self.chunk(config, limit, &mut gathered).await?;
+        }
         // Before anybody takes what was read for all there is.
         answered(config, self.follow_shapes(config, &mut gathered)).await?;
         let mut gathered = gathered.finish()?;

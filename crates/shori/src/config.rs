@@ -161,7 +161,7 @@ pub struct MemoryConfig {
 
 impl Default for IngestConfig {
     fn default() -> Self {
-        Self { batch_max_rows: 50_000, batch_max_bytes: 16 << 20, poll_interval_ms: 1_000, linger_ms: 25 }
+        Self { batch_max_rows: 122_880, batch_max_bytes: 24 << 20, poll_interval_ms: 1_000, linger_ms: 25 }
     }
 }
 

@@ -141,7 +141,7 @@ impl Open {
         let place = place.chunk;
         let capture = &mut self.cursor.captures[index];
         capture.progress = progress.clone();
-        gathered.finished.extend(chunk.rows);
+        gathered.finished.extend(chunk.changes);
         gathered.rejected.extend(chunk.rejected);
         gathered.snapshots.push((capture.id.clone(), progress));
         if !is_closing {

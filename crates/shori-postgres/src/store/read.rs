@@ -12,10 +12,11 @@ use tokio_postgres::CopyOutStream;
 
 use super::append::move_marks;
 use super::captures::{self, Capture};
-use super::copy_out::{Images, Rows};
+use super::copy_out::Images;
 use super::layout;
 use super::session::{Link, Links, above, at_or_below, failed};
 use crate::connect::quoted;
+use crate::copied::Rows;
 
 /// Changes and bytes in a batch that is handed out.
 const BATCH_ROWS: usize = 32_768;
@@ -70,7 +71,7 @@ async fn next(mut reading: Reading) -> Result<Option<(ChangeBatch, Reading)>> {
             break;
         }
         match reading.copy.next().await {
-            Some(message) => reading.rows.push(&message.map_err(|cause| failed("read", &object, cause))?),
+            Some(message) => reading.rows.push(message.map_err(|cause| failed("read", &object, cause))?),
             None => reading.ended = true,
         }
     }

@@ -109,5 +109,5 @@ impl TableConfig {
 }
 
 fn snapshot_chunk_rows() -> usize {
-    50_000
+    122_880
 }
