@@ -14,6 +14,8 @@ use crate::message::Value;
 
 /// What each row takes besides its columns.
 const ROW_BYTES: usize = 48;
+/// What either half of a position takes, at most.
+const POSITION_BYTES: usize = 9;
 
 pub(crate) struct BatchBuilder {
     capture: CaptureId,
@@ -37,17 +39,36 @@ pub(crate) type Refused = String;
 
 impl BatchBuilder {
     pub fn new(capture: CaptureId, layout: &Layout) -> Result<Self> {
-        let fields = layout.schema.columns.fields().iter();
-        let columns =
-            fields.zip(&layout.columns).map(|(field, column)| ColumnBuilder::new(field.data_type(), &column.resolved));
+        Self::with_room(capture, layout, 0, |_| 0)
+    }
+
+    /// An empty one for what follows, which is taken to need as much room.
+    pub fn next(&self, layout: &Layout) -> Result<Self> {
+        // Where it needs a little more, it does not have to grow for that.
+        let with_some = |size: usize| size + size / 8;
+        Self::with_room(self.capture.clone(), layout, with_some(self.rows), |column| {
+            self.columns.get(column).map_or(0, |column| with_some(column.text_bytes()))
+        })
+    }
+
+    fn with_room(
+        capture: CaptureId,
+        layout: &Layout,
+        rows: usize,
+        text_bytes: impl Fn(usize) -> usize,
+    ) -> Result<Self> {
+        let fields = layout.schema.columns.fields().iter().zip(&layout.columns).enumerate();
+        let columns = fields.map(|(index, (field, column))| {
+            ColumnBuilder::with_room(field.data_type(), &column.resolved, rows, text_bytes(index))
+        });
         Ok(Self {
             capture,
             schema: layout.schema.clone(),
             columns: columns.collect::<Result<_>>()?,
-            lsn: BinaryBuilder::new(),
-            seq: BinaryBuilder::new(),
-            op: UInt8Builder::new(),
-            commit_time: TimestampMicrosecondBuilder::new(),
+            lsn: BinaryBuilder::with_capacity(rows, rows * POSITION_BYTES),
+            seq: BinaryBuilder::with_capacity(rows, rows * POSITION_BYTES),
+            op: UInt8Builder::with_capacity(rows),
+            commit_time: TimestampMicrosecondBuilder::with_capacity(rows),
             unchanged: Vec::new(),
             refused: Vec::new(),
             rows: 0,

@@ -68,6 +68,11 @@ impl ColumnBuilder {
     /// Fails with [`ErrorKind::Schema`] when `data_type` is not what [`arrow_type`] makes of the column, configured as
     /// text or not.
     pub fn new(data_type: &DataType, column: &PostgresType) -> Result<Self> {
+        Self::with_room(data_type, column, 0, 0)
+    }
+
+    /// With room for so many rows, and for the bytes that their texts take.
+    pub fn with_room(data_type: &DataType, column: &PostgresType, rows: usize, text_bytes: usize) -> Result<Self> {
         let native = arrow_type(column, false);
         if native.as_ref() != Ok(data_type) && *data_type != DataType::Utf8 {
             return Err(Error::new(
@@ -78,26 +83,28 @@ impl ColumnBuilder {
             ));
         }
         let values = match data_type {
-            DataType::Boolean => Values::Boolean(BooleanBuilder::new()),
-            DataType::Int16 => Values::Int16(Int16Builder::new()),
-            DataType::Int32 => Values::Int32(Int32Builder::new()),
-            DataType::Int64 if column.oid == oid::OID => Values::ObjectId(Int64Builder::new()),
-            DataType::Int64 => Values::Int64(Int64Builder::new()),
-            DataType::Float32 => Values::Float32(Float32Builder::new()),
-            DataType::Float64 => Values::Float64(Float64Builder::new()),
+            DataType::Boolean => Values::Boolean(BooleanBuilder::with_capacity(rows)),
+            DataType::Int16 => Values::Int16(Int16Builder::with_capacity(rows)),
+            DataType::Int32 => Values::Int32(Int32Builder::with_capacity(rows)),
+            DataType::Int64 if column.oid == oid::OID => Values::ObjectId(Int64Builder::with_capacity(rows)),
+            DataType::Int64 => Values::Int64(Int64Builder::with_capacity(rows)),
+            DataType::Float32 => Values::Float32(Float32Builder::with_capacity(rows)),
+            DataType::Float64 => Values::Float64(Float64Builder::with_capacity(rows)),
             DataType::Utf8 => {
                 let spelling = if native == Ok(DataType::Utf8) { spelling(column) } else { Spelling::Unread };
-                Values::Text(StringBuilder::new(), spelling)
+                Values::Text(StringBuilder::with_capacity(rows, text_bytes), spelling)
             }
-            DataType::Binary => Values::Binary(BinaryBuilder::new(), Vec::new()),
-            DataType::Date32 => Values::Date(Date32Builder::new()),
-            DataType::Time64(TimeUnit::Microsecond) => Values::Time(Time64MicrosecondBuilder::new()),
-            DataType::Timestamp(TimeUnit::Microsecond, None) => Values::Timestamp(TimestampMicrosecondBuilder::new()),
+            DataType::Binary => Values::Binary(BinaryBuilder::with_capacity(rows, text_bytes), Vec::new()),
+            DataType::Date32 => Values::Date(Date32Builder::with_capacity(rows)),
+            DataType::Time64(TimeUnit::Microsecond) => Values::Time(Time64MicrosecondBuilder::with_capacity(rows)),
+            DataType::Timestamp(TimeUnit::Microsecond, None) => {
+                Values::Timestamp(TimestampMicrosecondBuilder::with_capacity(rows))
+            }
             DataType::Timestamp(TimeUnit::Microsecond, zone) => {
-                Values::Instant(TimestampMicrosecondBuilder::new().with_timezone_opt(zone.clone()))
+                Values::Instant(TimestampMicrosecondBuilder::with_capacity(rows).with_timezone_opt(zone.clone()))
             }
             DataType::Decimal128(precision, scale) => Values::Decimal {
-                builder: Decimal128Builder::new().with_precision_and_scale(*precision, *scale)?,
+                builder: Decimal128Builder::with_capacity(rows).with_precision_and_scale(*precision, *scale)?,
                 precision: *precision,
                 scale: scale.unsigned_abs(),
             },
@@ -115,14 +122,19 @@ impl ColumnBuilder {
         self.rows == 0
     }
 
+    /// Bytes that texts and the like take.
+    pub fn text_bytes(&self) -> usize {
+        match &self.values {
+            Values::Text(builder, _) => builder.values_slice().len(),
+            Values::Binary(builder, _) => builder.values_slice().len(),
+            _ => 0,
+        }
+    }
+
     /// Bytes that the values take, without spare room.
     pub fn memory_bytes(&self) -> usize {
-        let variable = match &self.values {
-            Values::Text(builder, _) => builder.values_slice().len(),
-            Values::Binary(builder, spare) => builder.values_slice().len() + spare.capacity(),
-            _ => 0,
-        };
-        self.rows * self.row_bytes + variable
+        let spare = if let Values::Binary(_, spare) = &self.values { spare.capacity() } else { 0 };
+        self.rows * self.row_bytes + self.text_bytes() + spare
     }
 
     /// Appends one value, or nothing when it does not fit. [`Value::Unchanged`] never does.

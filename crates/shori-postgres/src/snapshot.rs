@@ -307,7 +307,7 @@ impl Reader<'_> {
         }
         if self.builder.len() >= BATCH_ROWS {
             self.bytes += self.builder.bytes();
-            let next = BatchBuilder::new(self.capture.id.clone(), layout)?;
+            let next = self.builder.next(layout)?;
             self.changes.extend(std::mem::replace(&mut self.builder, next).finish()?);
         }
         Ok(())

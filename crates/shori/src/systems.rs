@@ -15,6 +15,12 @@ use std::time::Duration;
 use crate::config::{CaptureKind, Loaded, ServerConfig, SourceConfig, SourceKind, TlsMode};
 use crate::generate::{Application, Orders, Shop};
 
+/// Rows of a snapshot's chunk. Those of SQLite are held as rows before they are a batch.
+const SQLITE_CHUNK_ROWS: usize = 50_000;
+/// A row group of DuckDB: a transaction that brings it whole writes it into the file, compressed, where smaller ones go by
+/// way of the write-ahead log (duckdb.org/docs, "Storage Versions and Format", "Row Groups").
+const POSTGRES_CHUNK_ROWS: usize = 122_880;
+
 /// A source as it is configured.
 pub enum System {
     Sqlite(SqliteConfig),
@@ -195,7 +201,7 @@ pub fn sqlite_config(loaded: &Loaded, source: &SourceConfig) -> SqliteConfig {
     };
     SqliteConfig {
         busy_timeout: source.busy_timeout(),
-        snapshot_chunk_rows: source.snapshot_chunk_rows,
+        snapshot_chunk_rows: source.snapshot_chunk_rows.unwrap_or(SQLITE_CHUNK_ROWS),
         keep_changes: source.keep_changes(),
         ..SqliteConfig::new(loaded.resolve(source.file()), &source.name, source.tables.iter().map(table).collect())
     }
@@ -217,7 +223,7 @@ fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresCon
         publication: source.publication.clone().unwrap_or_else(own_name),
         slot: source.slot.clone().unwrap_or_else(own_name),
         manage: source.manage.unwrap_or(true),
-        snapshot_chunk_rows: source.snapshot_chunk_rows,
+        snapshot_chunk_rows: source.snapshot_chunk_rows.unwrap_or(POSTGRES_CHUNK_ROWS),
         polls: (source.capture() == CaptureKind::Timestamp)
             .then(|| Polls { every: source.poll_interval(), overlap: source.overlap() }),
     })

@@ -60,7 +60,9 @@ impl Images {
     /// Takes whole rows, `most` at a time; whether there may be more of them.
     pub fn take(&mut self, rows: &mut Rows, most: usize) -> Result<bool> {
         while self.len() < most {
-            let Some(bytes) = rows.advance().map_err(|misfit| self.misfit("its rows", misfit))? else { return Ok(false) };
+            let Some(bytes) = rows.advance().map_err(|misfit| self.misfit("its rows", misfit))? else {
+                return Ok(false);
+            };
             if rows.len() != HEAD_COLUMNS + self.columns.len() {
                 return Err(self.misfit("its rows", "another number of columns than was asked for"));
             }

@@ -208,9 +208,10 @@ fn act(verb: Verb) -> Result<ExitCode> {
     }
 }
 
-/// Runs async work of one command.
+/// Runs async work of one command. What takes long is in threads of its own; between those that would take turns at the rest,
+/// waking each other up took a sixth of the processor time of a snapshot.
 pub fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|cause| Error::new(ErrorKind::Internal, "start", "the async runtime", cause))?;
     runtime.block_on(work)
 }

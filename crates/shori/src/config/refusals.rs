@@ -276,7 +276,12 @@ fn numbers(loaded: &Loaded, found: &mut Vec<Error>) {
     let config = &loaded.config;
     for source in &config.sources {
         let key = |key: &str| format!("{key} of source {}", source.name);
-        found.extend(within(loaded, &key("snapshot_chunk_rows"), source.snapshot_chunk_rows, 1..=usize::MAX));
+        found.extend(within(
+            loaded,
+            &key("snapshot_chunk_rows"),
+            source.snapshot_chunk_rows.unwrap_or(1),
+            1..=usize::MAX,
+        ));
         if let Some(seconds) = source.keep_changes_seconds {
             found.extend(within(loaded, &key("keep_changes_seconds"), seconds, 0..=SECONDS_MAX));
         }

@@ -28,8 +28,7 @@ pub struct SourceConfig {
     pub kind: SourceKind,
     pub tables: BTreeMap<String, TableConfig>,
     /// Rows of one snapshot chunk.
-    #[serde(default = "snapshot_chunk_rows")]
-    pub snapshot_chunk_rows: usize,
+    pub snapshot_chunk_rows: Option<usize>,
     /// Of `sqlite`: its file. Of `files`: the folder of the change logs.
     pub path: Option<PathBuf>,
     /// Of `sqlite`: how long a busy source is waited for before trying again.
@@ -106,8 +105,4 @@ impl TableConfig {
     pub fn is_mistyped(&self) -> bool {
         refusals::is_mistyped(self)
     }
-}
-
-fn snapshot_chunk_rows() -> usize {
-    122_880
 }
