@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, TimestampMicrosecondBuilder, UInt8Builder};
+use arrow::array::{
+    ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, TimestampMicrosecondBuilder, UInt8Builder, new_null_array,
+};
 use shori_core::Result;
 use shori_core::change::{ChangeBatch, Op};
 use shori_core::position::{CaptureId, Micros, Position};
@@ -10,6 +12,7 @@ use shori_core::schema::TableSchema;
 
 use crate::catalog::Layout;
 use crate::column_builder::ColumnBuilder;
+use crate::generated::Inputs;
 use crate::message::Value;
 
 /// What each row takes besides its columns.
@@ -32,6 +35,8 @@ pub(crate) struct BatchBuilder {
     rows: usize,
     /// Bytes of texts and the like, as they came.
     value_bytes: usize,
+    /// What columns are to be computed of that do not come.
+    inputs: Option<Inputs>,
 }
 
 /// A row that cannot be carried: the column, and why.
@@ -40,6 +45,14 @@ pub(crate) type Refused = String;
 impl BatchBuilder {
     pub fn new(capture: CaptureId, layout: &Layout) -> Result<Self> {
         Self::with_room(capture, layout, 0, |_| 0)
+    }
+
+    /// For images as they are sent: columns behind those stay null until they are computed.
+    pub fn of_sent(capture: CaptureId, layout: &Layout) -> Result<Self> {
+        let mut builder = Self::new(capture, layout)?;
+        builder.columns.truncate(layout.sent().len());
+        builder.inputs = Inputs::of(layout);
+        Ok(builder)
     }
 
     /// An empty one for what follows, which is taken to need as much room.
@@ -73,6 +86,7 @@ impl BatchBuilder {
             refused: Vec::new(),
             rows: 0,
             value_bytes: 0,
+            inputs: None,
         })
     }
 
@@ -82,7 +96,8 @@ impl BatchBuilder {
     }
 
     pub fn bytes(&self) -> usize {
-        self.value_bytes + self.rows * ROW_BYTES
+        let inputs = self.inputs.as_ref().map_or(0, Inputs::memory_bytes);
+        self.value_bytes + self.rows * ROW_BYTES + inputs
     }
 
     /// Adds a row image of as many values as there are columns; one that cannot be carried leaves no trace.
@@ -98,6 +113,9 @@ impl BatchBuilder {
         let mut given = 0;
         for (index, (builder, value)) in self.columns.iter_mut().zip(values).enumerate() {
             given += 1;
+            if let Some(inputs) = &mut self.inputs {
+                inputs.take(index, value);
+            }
             match value {
                 Value::Unchanged => {
                     let bytes = self.schema.columns.fields().len().div_ceil(8);
@@ -119,6 +137,16 @@ impl BatchBuilder {
         for builder in self.columns.iter_mut().skip(given) {
             fault.get_or_insert_with(|| format!("it has {given} columns"));
             builder.append_null();
+        }
+        if let Some(inputs) = &mut self.inputs {
+            if inputs.end_row(op.leaves_row()) {
+                let all = self.schema.columns.fields().len();
+                let bytes = mask.get_or_insert_with(|| vec![0; all.div_ceil(8)]);
+                (self.columns.len()..all).for_each(|index| bytes[index / 8] |= 1 << (index % 8));
+            }
+            if fault.is_some() {
+                inputs.forget_row();
+            }
         }
         self.lsn.append_value(position.lsn.as_slice());
         self.seq.append_value(position.seq.as_slice());
@@ -143,12 +171,20 @@ impl BatchBuilder {
         self.push((0..columns).map(|_| Value::Null), position, op, time)
     }
 
+    /// What columns are to be computed of, if some are.
+    pub fn take_inputs(&mut self) -> Option<Inputs> {
+        self.inputs.take()
+    }
+
+    /// The batch; columns that are still to be computed are null.
     pub fn finish(mut self) -> Result<Option<ChangeBatch>> {
         if self.len() == 0 {
             return Ok(None);
         }
         let unchanged = (!self.unchanged.is_empty())
             .then(|| BinaryArray::from_iter(self.unchanged.iter().map(|mask| mask.as_deref())));
+        let computed = self.schema.columns.fields().iter().skip(self.columns.len());
+        let computed: Vec<ArrayRef> = computed.map(|field| new_null_array(field.data_type(), self.rows)).collect();
         let batch = ChangeBatch {
             capture: self.capture,
             schema: self.schema,
@@ -157,7 +193,7 @@ impl BatchBuilder {
             op: self.op.finish(),
             commit_time: self.commit_time.finish(),
             unchanged,
-            columns: self.columns.into_iter().map(ColumnBuilder::finish).collect::<Vec<ArrayRef>>(),
+            columns: self.columns.into_iter().map(ColumnBuilder::finish).chain(computed).collect(),
         };
         if self.refused.is_empty() {
             return Ok(Some(batch));

@@ -10,12 +10,13 @@ use tokio_postgres::{Client, Row};
 
 use crate::column_types::{Kind, PostgresType, arrow_type, needs_text};
 use crate::connect::sql_error;
-use crate::{PostgresConfig, PostgresTable};
+use crate::{PostgresConfig, PostgresTable, generated};
 
 /// How often domains over domains are followed.
 const DOMAIN_DEPTH_MAX: usize = 32;
 
-/// A captured table as it is sent: the columns of its messages, in their order.
+/// A captured table as it is sent: the columns of its messages, in their order, and behind them generated ones, which are
+/// not sent.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     pub oid: u32,
@@ -33,6 +34,16 @@ pub(crate) struct Column {
     /// Configured as text.
     pub as_text: bool,
     pub nullable: bool,
+    /// How it is computed, where it is not sent.
+    pub generated: Option<Generated>,
+}
+
+/// How the server computes a column of the others of its row.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Generated {
+    pub expression: String,
+    /// The columns that it is made of, each with its type as SQL has it.
+    pub inputs: Vec<(String, String)>,
 }
 
 impl Column {
@@ -168,7 +179,11 @@ pub(crate) struct Found {
 pub(crate) async fn tables(client: &Client, config: &PostgresConfig, types: &mut Types) -> Result<Found> {
     let mut found = Found { layouts: Vec::new(), failed: Vec::new() };
     for table in &config.tables {
-        match layout(client, config, table, types).await {
+        let read = async {
+            let layout = layout(client, config, table, types).await?;
+            generated::prove(client, &config.qualified(&table.name), &layout).await.map(|()| layout)
+        };
+        match read.await {
             Ok(layout) => found.layouts.push((table.clone(), layout)),
             Err(error) if error.kind() == ErrorKind::Schema => found.failed.push((table.clone(), error)),
             Err(error) => return Err(error),
@@ -206,22 +221,38 @@ pub(crate) async fn layout(
     }
     let is_polled = config.polls.is_some();
     let key = key_of(client, &name, oid, is_polled).await?;
+    // Generated columns are not in the stream, unless the publication says so, which it can from PostgreSQL 18 on.
     let query = "
         select attname::text, atttypid, atttypmod, attnotnull
         from pg_catalog.pg_attribute
-        where attrelid = $1 and attnum > 0 and not attisdropped and (attgenerated = '' or $2)
+        where attrelid = $1 and attnum > 0 and not attisdropped and (
+            attgenerated = '' or $2 or exists (
+                select
+                from pg_catalog.pg_publication_tables p
+                where p.pubname = $3 and p.schemaname = $4 and p.tablename = $5
+                    and coalesce(to_jsonb(p) -> 'attnames', '[]') ? attname::text
+            )
+        )
         order by attnum";
-    // Generated columns are not in the stream.
-    let rows = client.query(query, &[&oid, &is_polled]).await.map_err(fail)?;
-    let sent: Vec<Sent> = rows
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+        [&oid, &is_polled, &config.publication, &config.schema, &table.name];
+    let rows = client.query(query, &parameters).await.map_err(fail)?;
+    let mut sent: Vec<Sent> = rows
         .iter()
         .map(|row| Sent {
             name: row.get(0),
             type_oid: row.get(1),
             modifier: row.get(2),
             nullable: !row.get::<_, bool>(3),
+            generated: None,
         })
         .collect();
+    if !is_polled {
+        let generated = generated::columns(client, oid, &name).await?;
+        let computed = generated.into_iter().filter(|column| sent.iter().all(|sent| sent.name != column.name));
+        let computed: Vec<Sent> = computed.collect();
+        sent.extend(computed);
+    }
     types.learn(client, sent.iter().map(|column| column.type_oid)).await?;
     layout_of(table, oid, sent, &key, types)
 }
@@ -229,32 +260,57 @@ pub(crate) async fn layout(
 const SENT_COLUMNS: &str = "
 select attname::text, atttypid, atttypmod, attnotnull
 from pg_catalog.pg_attribute
-where attrelid = $1 and attnum > 0 and not attisdropped and attgenerated = ''
+where attrelid = $1 and attnum > 0 and not attisdropped and (attgenerated = '' or attname = any($2))
 order by attnum";
 
-/// Names, types and modifiers of the columns that would be sent of the table now.
-pub(crate) async fn sent_now(client: &Client, layout: &Layout) -> Result<Vec<(String, u32, i32)>> {
+/// Names, types and modifiers of the columns that would be sent of the table now, generated ones where they are `published`.
+pub(crate) async fn sent_now(
+    client: &Client,
+    layout: &Layout,
+    published: Option<&[String]>,
+) -> Result<Vec<(String, u32, i32)>> {
+    let published = published.unwrap_or_default();
     let object = format!("table {}", layout.schema.table);
-    let rows =
-        client.query(SENT_COLUMNS, &[&layout.oid]).await.map_err(|cause| sql_error("look at", &object, cause))?;
+    let rows = client
+        .query(SENT_COLUMNS, &[&layout.oid, &published])
+        .await
+        .map_err(|cause| sql_error("look at", &object, cause))?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
 }
 
 impl Layout {
+    pub fn sent(&self) -> &[Column] {
+        let count = self.columns.iter().take_while(|column| column.generated.is_none()).count();
+        &self.columns[..count]
+    }
+
+    /// Columns that are computed of those that are sent.
+    pub fn generated(&self) -> &[Column] {
+        &self.columns[self.sent().len()..]
+    }
+
     /// The table as a publication with a column list sends it.
     pub fn published(self, table: &PostgresTable, columns: Option<&[String]>, types: &Types) -> Result<Self> {
-        let is_sent = |column: &Column| columns.is_none_or(|names| names.contains(&column.name));
-        if self.columns.iter().all(is_sent) {
+        let is_sent =
+            |column: &Column| column.generated.is_some() || columns.is_none_or(|names| names.contains(&column.name));
+        self.of_columns(table, is_sent, types)
+    }
+
+    /// The table without some of its columns, nor those that are made of them.
+    pub fn of_columns(self, table: &PostgresTable, wanted: impl Fn(&Column) -> bool, types: &Types) -> Result<Self> {
+        if self.columns.iter().all(&wanted) {
             return Ok(self);
         }
         let key: Vec<String> = self.schema.key_names().into_iter().map(String::from).collect();
-        let sent = self.columns.into_iter().filter(is_sent).map(|column| Sent {
-            name: column.name,
-            type_oid: column.type_oid,
-            modifier: column.modifier,
-            nullable: column.nullable,
-        });
+        let sent = self.columns.into_iter().filter(wanted).map(Sent::from);
         layout_of(table, self.oid, sent.collect(), &key, types)
+    }
+}
+
+impl From<Column> for Sent {
+    fn from(column: Column) -> Self {
+        let Column { name, type_oid, modifier, nullable, generated, .. } = column;
+        Self { name, type_oid, modifier, nullable, generated }
     }
 }
 
@@ -297,12 +353,13 @@ pub(crate) async fn columns_gone(client: &impl tokio_postgres::GenericClient, la
     layout.columns.iter().map(is_gone).collect()
 }
 
-/// A column as it is sent.
+/// A column as it is sent, or computed.
 pub(crate) struct Sent {
     pub name: String,
     pub type_oid: u32,
     pub modifier: i32,
     pub nullable: bool,
+    pub generated: Option<Generated>,
 }
 
 pub(crate) fn layout_of(
@@ -318,12 +375,21 @@ pub(crate) fn layout_of(
     }
     let mut columns = Vec::with_capacity(sent.len());
     let mut fields = Vec::with_capacity(sent.len());
-    for Sent { name, type_oid, modifier, nullable } in sent {
+    let (sent, mut computed): (Vec<Sent>, Vec<Sent>) = sent.into_iter().partition(|column| column.generated.is_none());
+    // One that is made of what is not sent cannot be computed: a column list leaves it out, too.
+    computed.retain(|column| {
+        let mut inputs = column.generated.iter().flat_map(|generated| &generated.inputs);
+        inputs.all(|(input, _)| sent.iter().any(|column| column.name == *input))
+    });
+    if let Some(column) = computed.iter().find(|column| key.contains(&column.name)) {
+        return Err(refuse(format!("its key column {} is generated, and is not in the stream", column.name)));
+    }
+    for Sent { name, type_oid, modifier, nullable, generated } in sent.into_iter().chain(computed) {
         let resolved = types.resolve(type_oid, modifier);
         let as_text = as_text(table, &name, &resolved).map_err(refuse)?;
         let data_type = arrow_type(&resolved, as_text).map_err(|reason| refuse(format!("column {name}: {reason}")))?;
         fields.push(Field::new(&name, data_type, nullable));
-        columns.push(Column { name, type_oid, modifier, resolved, as_text, nullable });
+        columns.push(Column { name, type_oid, modifier, resolved, as_text, nullable, generated });
     }
     let key: Vec<&str> = key.iter().map(String::as_str).collect();
     let schema = TableSchema::new(&table.name, fields, &key)?;

@@ -20,7 +20,8 @@
 //!
 //! `connect` makes connections and `replication` reads one; `setup` and `catalog` ask the server what it is and has.
 //! `start` finds where reading goes on, `stream` places row images and gathers them into a `batch`, `snapshot` reads
-//! tables whole, and `source` joins them under the contract of [`shori_core::source::Source`]. `visibility` tells which
+//! tables whole, `generated` has columns computed that are not sent, `copied` cuts what is copied out into rows, and `source` joins
+//! them under the contract of [`shori_core::source::Source`]. `visibility` tells which
 //! transactions a snapshot shows. `poll` is the other source, for servers that give no slot. `look` is for verbs that do
 //! not read.
 
@@ -31,6 +32,7 @@ pub mod column_types;
 mod connect;
 mod copied;
 mod date_time;
+mod generated;
 mod look;
 pub mod message;
 mod numeric;

@@ -460,7 +460,7 @@ pub(crate) async fn read_row(
 
 /// A value sent back as it came.
 #[derive(Debug)]
-struct Parameter<'a>(Value<'a>);
+pub(crate) struct Parameter<'a>(pub Value<'a>);
 
 impl tokio_postgres::types::ToSql for Parameter<'_> {
     fn to_sql(

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use crate::catalog::{self, Types};
 use crate::connect::Session;
+use crate::generated::Evaluator;
 use crate::message::{self, WalLocation};
 use crate::replication::{Item, Replication, Request};
 use crate::setup::{self, Facts, Published};
@@ -75,9 +76,11 @@ struct Open {
     told_of_waiting: bool,
     /// What goes into the log with the next batch that moves on: it would take one that does not for known.
     news: News,
-    /// Captures whose tables had other columns at start than their log, and where what had waited until then ends.
+    /// Captures whose tables had other columns at start than their log, or have other generated ones since, and where what had
+    /// waited until then ends.
     behind: Vec<usize>,
     waited_until: WalLocation,
+    evaluator: Evaluator,
     /// A call was dropped before it had ended: what it had read is lost.
     interrupted: bool,
 }
@@ -188,7 +191,7 @@ impl Open {
         let watermark = ready.watermark(&slot, resume)?;
         let from = positions::read_on_at(&watermark.staged)?;
         let binary = !in_text
-            && !ready.captures.iter().any(|capture| capture.layout.columns.iter().any(catalog::Column::needs_text));
+            && !ready.captures.iter().any(|capture| capture.layout.sent().iter().any(catalog::Column::needs_text));
         let request = Request { slot: config.slot.clone(), from, publication: config.publication.clone(), binary };
         let sight = Sight::of(client).await?;
         setup::slot_is_free(client, config).await?;
@@ -222,6 +225,7 @@ impl Open {
             news: News::default(),
             behind: ready.behind,
             waited_until: sight.wal_end,
+            evaluator: Evaluator::default(),
             interrupted: false,
         };
         Ok((started, open))
@@ -261,6 +265,7 @@ impl Open {
         // Before anybody takes what was read for all there is.
         answered(config, self.follow_shapes(config, &mut gathered)).await?;
         let mut gathered = gathered.finish()?;
+        self.compute_generated(config, &mut gathered).await?;
         if self.cursor.watermark.staged == before {
             self.news = News {
                 schemas: std::mem::take(&mut gathered.schemas),
@@ -352,8 +357,14 @@ impl Open {
         let message = message::decode(raw, false)?;
         match self.cursor.take(&message, raw, None, gathered)? {
             Next::GoOn => Ok(false),
+            Next::Named { capture } => {
+                answered(config, self.look_for_generated(config, capture)).await?;
+                Ok(false)
+            }
             Next::Reshaped(reshaped) => {
+                let capture = reshaped.capture;
                 answered(config, self.reshape(config, reshaped, gathered)).await?;
+                answered(config, self.look_for_generated(config, capture)).await?;
                 Ok(!gathered.is_empty())
             }
             Next::Incomplete { capture } => {
@@ -399,6 +410,11 @@ impl Open {
         }
         Ok(())
     }
+}
+
+/// Whether a statement about one table has failed for what the table is, and not the server.
+fn is_of_table(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage)
 }
 
 /// The outcome of statements that each end within the server's own limit, or that the server keeps silent.

@@ -169,7 +169,7 @@ fn as_known(table: &PostgresTable, layout: Layout, schema: &TableSchema, types: 
     let names: Vec<String> = schema.columns.fields().iter().map(|field| field.name().clone()).collect();
     let mut table = table.clone();
     table.columns.retain(|name, _| names.contains(name));
-    layout.published(&table, Some(&names), types)
+    layout.of_columns(&table, |column| names.contains(&column.name), types)
 }
 
 pub(crate) fn read_anew(capture: &CaptureId, progress: &SnapshotProgress) -> SnapshotProgress {

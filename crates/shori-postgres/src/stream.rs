@@ -20,7 +20,8 @@ use shori_core::{Error, ErrorKind, Result};
 
 use crate::PostgresTable;
 use crate::batch::BatchBuilder;
-use crate::catalog::Layout;
+use crate::catalog::{Layout, Sent};
+use crate::generated::{self, Inputs};
 use crate::message::{Message, OldTuple, Relation, Tuple, Value, WalLocation};
 use crate::positions;
 
@@ -81,6 +82,10 @@ pub(crate) enum Next {
     GoOn,
     /// A table is sent in another shape from here on: the caller follows it.
     Reshaped(Reshaped),
+    /// A table is named, in the shape that is known: what is not sent of it may be another.
+    Named {
+        capture: usize,
+    },
     /// The image of a row lacks columns that nothing else will bring: the caller reads them and comes again.
     Incomplete {
         capture: usize,
@@ -96,13 +101,17 @@ pub(crate) enum Next {
 pub(crate) struct Reshaped {
     pub capture: usize,
     pub columns: Vec<(String, u32, i32)>,
+    /// Its generated columns, if they are to be others than those that are known.
+    pub generated: Option<Vec<Sent>>,
 }
 
 /// What has been read for the next batch.
 #[derive(Default)]
 pub(crate) struct Gathered {
-    builders: Vec<Option<BatchBuilder>>,
+    builders: Vec<Option<Building>>,
     pub finished: Vec<ChangeBatch>,
+    /// What columns are to be computed of, with the place of the batch that lacks them, and its layout.
+    pub inputs: Vec<(usize, Arc<Layout>, Inputs)>,
     pub schemas: Vec<CaptureInfo>,
     pub rejected: Vec<Rejected>,
     pub failed: Vec<(CaptureId, Error)>,
@@ -110,14 +119,21 @@ pub(crate) struct Gathered {
     rejected_bytes: usize,
 }
 
+/// What is being built of a capture, in the shape that its table has meanwhile.
+struct Building {
+    batch: BatchBuilder,
+    layout: Arc<Layout>,
+}
+
 impl Gathered {
     pub fn rows(&self) -> usize {
         let finished: usize = self.finished.iter().map(ChangeBatch::len).sum();
-        finished + self.builders.iter().flatten().map(BatchBuilder::len).sum::<usize>() + self.rejected.len()
+        let building: usize = self.builders.iter().flatten().map(|building| building.batch.len()).sum();
+        finished + building + self.rejected.len()
     }
 
     pub fn bytes(&self) -> usize {
-        self.rejected_bytes + self.builders.iter().flatten().map(BatchBuilder::bytes).sum::<usize>()
+        self.rejected_bytes + self.builders.iter().flatten().map(|building| building.batch.bytes()).sum::<usize>()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -126,15 +142,25 @@ impl Gathered {
 
     /// Ends what was gathered of a capture: what follows has another shape.
     pub fn cut(&mut self, capture: usize) -> Result<()> {
-        if let Some(builder) = self.builders.get_mut(capture).and_then(Option::take) {
-            self.finished.extend(builder.finish()?);
+        match self.builders.get_mut(capture).and_then(Option::take) {
+            Some(building) => self.end(building),
+            None => Ok(()),
+        }
+    }
+
+    fn end(&mut self, building: Building) -> Result<()> {
+        let Building { mut batch, layout } = building;
+        let inputs = batch.take_inputs();
+        if let Some(batch) = batch.finish()? {
+            self.inputs.extend(inputs.map(|inputs| (self.finished.len(), layout, inputs)));
+            self.finished.push(batch);
         }
         Ok(())
     }
 
     pub fn finish(mut self) -> Result<Self> {
-        for builder in std::mem::take(&mut self.builders).into_iter().flatten() {
-            self.finished.extend(builder.finish()?);
+        for building in std::mem::take(&mut self.builders).into_iter().flatten() {
+            self.end(building)?;
         }
         Ok(self)
     }
@@ -143,10 +169,14 @@ impl Gathered {
         if self.builders.len() <= index {
             self.builders.resize_with(index + 1, || None);
         }
-        match &mut self.builders[index] {
-            Some(builder) => Ok(builder),
-            empty => Ok(empty.insert(BatchBuilder::new(capture.id.clone(), &capture.layout)?)),
-        }
+        let building = match &mut self.builders[index] {
+            Some(building) => building,
+            empty => {
+                let batch = BatchBuilder::of_sent(capture.id.clone(), &capture.layout)?;
+                empty.insert(Building { batch, layout: capture.layout.clone() })
+            }
+        };
+        Ok(&mut building.batch)
     }
 
     fn reject(&mut self, capture: &Capture, position: Position, reason: String, raw: &[u8]) {
@@ -276,13 +306,12 @@ impl Cursor {
             return Next::Lost { capture: index, cause };
         }
         let sent = relation.columns.iter().map(|column| (column.name, column.type_oid, column.type_modifier));
-        let known =
-            capture.layout.columns.iter().map(|column| (column.name.as_str(), column.type_oid, column.modifier));
+        let known = capture.layout.sent().iter().map(|column| (column.name.as_str(), column.type_oid, column.modifier));
         if sent.clone().eq(known) {
-            return Next::GoOn;
+            return Next::Named { capture: index };
         }
         let columns = sent.map(|(name, oid, modifier)| (name.to_string(), oid, modifier)).collect();
-        Next::Reshaped(Reshaped { capture: index, columns })
+        Next::Reshaped(Reshaped { capture: index, columns, generated: None })
     }
 
     /// The place of the next image of the transaction; `None` where it was read before.
@@ -341,8 +370,7 @@ impl Cursor {
         if let Some(index) = wanted
             && whole.is_none()
             && full.is_none()
-            && (moved || !self.captures[index].progress.is_done())
-            && unchanged_besides_key(&self.captures[index].layout, new)
+            && lacks_values(&self.captures[index], new, moved)
         {
             return Ok(Next::Incomplete { capture: index });
         }
@@ -414,10 +442,15 @@ impl<'a> RowImage<'a> {
     }
 }
 
-/// Whether a column outside of the key was not sent.
-fn unchanged_besides_key(layout: &Layout, new: &Tuple<'_>) -> bool {
-    let mut values = new.iter().enumerate();
-    values.any(|(index, value)| value == Value::Unchanged && !layout.schema.key.contains(&index))
+/// Whether a column outside of the key was not sent that nothing else will bring, or that others are computed of.
+fn lacks_values(capture: &Capture, new: &Tuple<'_>, moved: bool) -> bool {
+    let layout = &capture.layout;
+    let is_lost = moved || !capture.progress.is_done();
+    new.iter().enumerate().any(|(index, value)| {
+        value == Value::Unchanged
+            && !layout.schema.key.contains(&index)
+            && (is_lost || generated::is_input(layout, index))
+    })
 }
 
 /// Whether an update gave the row another key. What was not sent did not change.

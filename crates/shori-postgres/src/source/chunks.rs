@@ -8,7 +8,7 @@ use shori_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
-use super::{Open, answered};
+use super::{Open, answered, is_of_table};
 use crate::connect::sql_error;
 use crate::message::{Message, Value};
 use crate::snapshot::{self, Bookmark, Sight};
@@ -121,12 +121,7 @@ impl Open {
         let chunk = match snapshot::read_chunk(transaction.client(), capture, &place, bookmark, limit).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::Data | ErrorKind::Refused | ErrorKind::Schema | ErrorKind::Usage
-                ) =>
-            {
+            Err(error) if is_of_table(&error) => {
                 drop(transaction);
                 self.fail(index, error, gathered)?;
                 return Ok(true);

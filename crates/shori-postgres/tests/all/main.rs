@@ -8,6 +8,7 @@ mod decimals;
 mod encrypted;
 mod extremes;
 mod faults;
+mod generated;
 mod harness;
 mod messages;
 mod polls;
