@@ -221,22 +221,7 @@ pub(crate) async fn layout(
     }
     let is_polled = config.polls.is_some();
     let key = key_of(client, &name, oid, is_polled).await?;
-    // Generated columns are not in the stream, unless the publication says so, which it can from PostgreSQL 18 on.
-    let query = "
-        select attname::text, atttypid, atttypmod, attnotnull
-        from pg_catalog.pg_attribute
-        where attrelid = $1 and attnum > 0 and not attisdropped and (
-            attgenerated = '' or $2 or exists (
-                select
-                from pg_catalog.pg_publication_tables p
-                where p.pubname = $3 and p.schemaname = $4 and p.tablename = $5
-                    and coalesce(to_jsonb(p) -> 'attnames', '[]') ? attname::text
-            )
-        )
-        order by attnum";
-    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-        [&oid, &is_polled, &config.publication, &config.schema, &table.name];
-    let rows = client.query(query, &parameters).await.map_err(fail)?;
+    let rows = client.query(SENT_COLUMNS, &[&oid, &config.publication, &is_polled]).await.map_err(fail)?;
     let mut sent: Vec<Sent> = rows
         .iter()
         .map(|row| Sent {
@@ -257,22 +242,34 @@ pub(crate) async fn layout(
     layout_of(table, oid, sent, &key, types)
 }
 
+/// Generated columns are not sent, unless the publication says so, which it can from PostgreSQL 18 on: for all tables, and
+/// by a list of columns for one. Through JSON, older servers need no query of their own. Those that are polled are read.
 const SENT_COLUMNS: &str = "
 select attname::text, atttypid, atttypmod, attnotnull
-from pg_catalog.pg_attribute
-where attrelid = $1 and attnum > 0 and not attisdropped and (attgenerated = '' or attname = any($2))
+from pg_catalog.pg_attribute a
+where attrelid = $1 and attnum > 0 and not attisdropped and (
+    attgenerated = '' or $3 or exists (
+        select
+        from pg_catalog.pg_publication p
+        left join pg_catalog.pg_publication_rel r on r.prpubid = p.oid and r.prrelid = a.attrelid
+        where pubname = $2 and case
+            when to_jsonb(r) ->> 'prattrs' is null then attgenerated = 's' and to_jsonb(p) ->> 'pubgencols' = 's'
+            else attnum = any (string_to_array(to_jsonb(r) ->> 'prattrs', ' ')::int2[])
+        end
+    )
+)
 order by attnum";
 
-/// Names, types and modifiers of the columns that would be sent of the table now, generated ones where they are `published`.
+/// Names, types and modifiers of the columns that would be sent of the table now.
 pub(crate) async fn sent_now(
     client: &Client,
+    config: &PostgresConfig,
     layout: &Layout,
-    published: Option<&[String]>,
 ) -> Result<Vec<(String, u32, i32)>> {
-    let published = published.unwrap_or_default();
+    let is_polled = config.polls.is_some();
     let object = format!("table {}", layout.schema.table);
     let rows = client
-        .query(SENT_COLUMNS, &[&layout.oid, &published])
+        .query(SENT_COLUMNS, &[&layout.oid, &config.publication, &is_polled])
         .await
         .map_err(|cause| sql_error("look at", &object, cause))?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())

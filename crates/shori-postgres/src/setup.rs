@@ -85,7 +85,7 @@ pub(crate) enum Made {
 pub(crate) struct Published {
     /// Which rows, as a condition; all if `None`.
     pub filter: Option<String>,
-    /// Which columns, generated ones left out; all if `None`.
+    /// Which columns, some servers name generated ones among them; all if `None`.
     pub columns: Option<Vec<String>>,
 }
 

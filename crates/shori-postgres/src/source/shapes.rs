@@ -121,7 +121,7 @@ impl Open {
             let capture = &self.cursor.captures[index];
             let published = self.published.get(&capture.table.name).and_then(|published| published.columns.clone());
             let client = &self.session.client;
-            let mut columns = catalog::sent_now(client, &capture.layout, published.as_deref()).await?;
+            let mut columns = catalog::sent_now(client, config, &capture.layout).await?;
             columns.retain(|(name, ..)| published.as_ref().is_none_or(|names| names.contains(name)));
             let known = capture.layout.sent().iter().map(|known| (&known.name, known.type_oid, known.modifier));
             let table = config.qualified(&capture.table.name);
