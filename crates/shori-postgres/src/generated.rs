@@ -26,13 +26,18 @@ const PARAMETERS_MAX: usize = 65_535;
 /// Rows of a table of which what is stored is compared with what the expression gives.
 const PROVED_ROWS: usize = 1_000;
 
+/// Of an expression, the server does not print the cast to the column's own type.
 const COLUMNS: &str = "
 select
     a.attname::text,
     a.atttypid,
     a.atttypmod,
     a.attnotnull,
-    pg_catalog.pg_get_expr(d.adbin, d.adrelid),
+    format(
+        '(%s)::%s',
+        pg_catalog.pg_get_expr(d.adbin, d.adrelid),
+        pg_catalog.format_type(a.atttypid, a.atttypmod)
+    ),
     input.names,
     input.types
 from pg_catalog.pg_attribute a
@@ -340,8 +345,8 @@ fn query(layout: &Layout, inputs: &Inputs, size: usize) -> String {
         let expression = &column.generated.as_ref()?.expression;
         Some(match column.as_text {
             // As a snapshot has it.
-            true => format!("case when ({expression}) is not null then pg_catalog.format('%s', {expression}) end"),
-            false => format!("({expression})"),
+            true => format!("case when {expression} is not null then pg_catalog.format('%s', {expression}) end"),
+            false => expression.clone(),
         })
     });
     format!(

@@ -347,6 +347,9 @@ impl Reader {
             DataType::Timestamp(..) => {
                 format!("'Time(' || (extract(epoch from \"{}\") * 1000000)::int8 || ')'", field.name())
             }
+            DataType::Decimal128(_, scale) => {
+                format!("'Decimal(' || (\"{}\" * 10 ^ {scale})::int8 || ')'", field.name())
+            }
             _ => format!("\"{}\"", field.name()),
         };
         let columns: Vec<String> = schema.columns.fields().iter().map(column).collect();
