@@ -23,7 +23,7 @@ use super::layout;
 use super::session::{Session, above, at_or_below, blob_literal, get_position};
 use crate::database::quote_name;
 
-const VERDICTS: &str = "shori_verdicts";
+const VERDICTS: &str = "ctl_verdicts";
 
 /// What a compaction decides by.
 struct Pass<'a> {

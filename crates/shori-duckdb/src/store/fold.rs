@@ -23,8 +23,8 @@ use crate::scattered::VECTOR_ROWS;
 
 /// Targets that wait to be folded.
 const WAITING_MAX: usize = 64;
-const CLOSED: &str = "shori_folded";
-const FOUND: &str = "shori_found";
+const CLOSED: &str = "ctl_folded";
+const FOUND: &str = "ctl_found";
 
 /// A thread that folds, beside commits. Dropping it waits for the fold under way.
 pub(super) struct Folder {

@@ -16,9 +16,9 @@ use super::session::{Session, blob_literal, now, text, time, time_type};
 use super::target;
 use crate::database::quote_name;
 
-const VERSIONS: &str = "shori_versions";
-const CLOSES: &str = "shori_closes";
-const CLOSED: &str = "shori_closed";
+const VERSIONS: &str = "ctl_versions";
+const CLOSES: &str = "ctl_closes";
+const CLOSED: &str = "ctl_closed";
 
 /// What an output of versions has loaded so far.
 pub(super) struct Versions {
@@ -161,15 +161,15 @@ impl Versions {
         let object = &step.target.projection;
         let table = quote_name(object);
         let horizon = blob_literal(step.horizon.lsn.as_slice());
-        let same = format!("{} and {table}.__source_lsn = l.__source_lsn", target::same_key(&step.target, &table, "l"));
+        let same = target::same_key(&step.target, "t", "l") + " and t.__source_lsn = l.__source_lsn";
         let sql = format!(
-            "update {table} set valid_to = l.valid_to, is_current = l.is_current, updated_at = ? \
+            "update {table} as t set valid_to = l.valid_to, is_current = l.is_current, updated_at = ? \
              from temp.{VERSIONS} as l where {same} \
-             and ({table}.valid_to is distinct from l.valid_to or {table}.is_current is distinct from l.is_current)"
+             and (t.valid_to is distinct from l.valid_to or t.is_current is distinct from l.is_current)"
         );
         let updated = session.execute(&sql, &[time(self.written_at)], object)?;
         let sql = format!(
-            "delete from {table} where {table}.__source_lsn > {horizon} \
+            "delete from {table} as t where t.__source_lsn > {horizon} \
              and not exists (select 1 from temp.{VERSIONS} l where {same})"
         );
         let deleted = session.execute(&sql, &[], object)?;
@@ -181,7 +181,7 @@ impl Versions {
         let sql = format!(
             "insert into {table} (surrogate_key, {columns}, batch_id, created_at, updated_at) \
              select {next_key} - 1 + row_number() over (order by l.rowid), {loaded}, ?, ?, ? \
-             from temp.{VERSIONS} as l where not exists (select 1 from {table} where {same})"
+             from temp.{VERSIONS} as l where not exists (select 1 from {table} as t where {same})"
         );
         let values = [text(&step.run_id), time(self.written_at), time(self.written_at)];
         let inserted = session.execute(&sql, &values, object)?;
@@ -199,8 +199,8 @@ impl Versions {
         let object = &step.target.projection;
         let table = quote_name(object);
         let find = format!(
-            "create or replace temp table {CLOSED} as select rowid as shori_row from {table} \
-             where is_current and not exists (select 1 from temp.{VERSIONS} l where {same})"
+            "create or replace temp table {CLOSED} as select t.rowid as shori_row from {table} as t \
+             where t.is_current and not exists (select 1 from temp.{VERSIONS} l where {same})"
         );
         session.batch(&find, CLOSED)?;
         if session.number(&format!("select count(*) from temp.{CLOSED}"), CLOSED)? == 0 {
@@ -208,13 +208,13 @@ impl Versions {
         }
         let tombstone = history::DELETE;
         let end = format!(
-            "update {table} set valid_to = e.valid_to, is_current = false, updated_at = $1 \
+            "update {table} as t set valid_to = e.valid_to, is_current = false, updated_at = $1 \
              from (select o.rowid as shori_row, coalesce(min(n.valid_from), \
                  greatest($2::timestamp, any_value(o.valid_from) + interval 1 microsecond)) as valid_to \
                  from {table} o left join {table} n on {} and n.valid_from > o.valid_from \
                  where o.rowid in (select shori_row from temp.{CLOSED}) group by o.rowid \
                  having any_value(o.cdc_operation) <> '{tombstone}' or count(n.valid_from) > 0) as e \
-             where {table}.rowid = e.shori_row",
+             where t.rowid = e.shori_row",
             target::same_key(&step.target, "o", "n")
         );
         let ended = session.execute(&end, &[time(self.written_at), time(step.as_of_time)], object)?;

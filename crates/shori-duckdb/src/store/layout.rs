@@ -164,7 +164,8 @@ pub(super) fn create_staging_table<'a>(table: &str, fields: impl Iterator<Item =
     Ok(format!("create table {} ({})", quote_name(table), columns.join(", ")))
 }
 
-/// Whether tables of that name are the store's own.
+/// Whether tables of that name are the store's own. Temporary ones are called `ctl_` too: they would hide a target of
+/// their name. A target may be called as any alias is, so statements give it one, too, and name its columns by that.
 pub fn is_reserved_table(name: &str) -> bool {
     let lower = name.to_lowercase();
     lower.starts_with("ctl_")

@@ -34,7 +34,7 @@ const KEPT_ROWS: u64 = 8_192;
 const REFORMS_MAX: usize = 4;
 
 /// Upserts, and the keys of deletions with [`GONE`] set.
-const CHANGES: &str = "shori_changes";
+const CHANGES: &str = "ctl_changes";
 
 /// What a commit is about, apart from its rows.
 #[derive(Clone)]
@@ -442,8 +442,8 @@ impl OpenOutput {
         };
         let (table, rest) = (quote_name(&table), rest.replace("gone", GONE));
         // It is searched once for what goes and for what is replaced.
-        let same_key = target::same_key(target, &table, "l");
-        let delete = format!("delete from {table} using temp.{CHANGES} as l where {same_key}");
+        let same_key = target::same_key(target, "t", "l");
+        let delete = format!("delete from {table} as t using temp.{CHANGES} as l where {same_key}");
         let deleted = session.execute(&delete, &[], object)?;
         let insert = format!("insert into {table} ({columns}) select {columns} from temp.{CHANGES}{rest}");
         let inserted = session.execute(&insert, &[], object)?;
@@ -464,25 +464,25 @@ impl OpenOutput {
             let deleted = session.execute(&format!("delete from {table}"), &[], object)?;
             return Ok(Written { rows: deleted, grown: 0, deleted });
         }
-        let same_key = target::same_key(&step.target, &table, "l");
+        let same_key = target::same_key(&step.target, "t", "l");
         let found = format!("exists (select 1 from temp.{CHANGES} l where {same_key}");
-        let gone = session.execute(&format!("delete from {table} where not {found})"), &[], object)?;
+        let gone = session.execute(&format!("delete from {table} as t where not {found})"), &[], object)?;
         let mut written = Written { rows: gone, grown: 0, deleted: gone };
         let key = &step.target.key;
         let rest = step.target.columns.fields().iter().filter(|field| !key.contains(field.name()));
         let differs: Vec<String> = rest
             .map(|field| quote_name(field.name()))
-            .map(|name| format!("{table}.{name} is distinct from l.{name}"))
+            .map(|name| format!("t.{name} is distinct from l.{name}"))
             .collect();
         if !differs.is_empty() {
             let differs = differs.join(" or ");
-            let sql = format!("delete from {table} using temp.{CHANGES} as l where {same_key} and ({differs})");
+            let sql = format!("delete from {table} as t using temp.{CHANGES} as l where {same_key} and ({differs})");
             written.deleted += session.execute(&sql, &[], object)?;
         }
         let columns = column_list(&step.target);
         let sql = format!(
             "insert into {table} ({columns}) select {columns} from temp.{CHANGES} as l \
-             where not exists (select 1 from {table} where {same_key})"
+             where not exists (select 1 from {table} as t where {same_key})"
         );
         written.grown = session.execute(&sql, &[], object)?;
         written.rows += written.grown;

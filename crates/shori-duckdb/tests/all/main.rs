@@ -7,6 +7,7 @@ mod store_contract;
 mod store_errors;
 mod store_layers;
 mod store_log;
+mod store_names;
 mod store_output;
 mod store_questions;
 mod transform_contract;

@@ -20,7 +20,7 @@ use crate::store::*;
 use crate::store_output::*;
 
 /// Whether the target is a view just now.
-async fn is_layered(store: &DuckdbStore, target: &Target) -> bool {
+pub async fn is_layered(store: &DuckdbStore, target: &Target) -> bool {
     number(store, &format!("select count(*) from duckdb_views() where view_name = '{}'", target.projection)).await > 0
 }
 
@@ -31,7 +31,7 @@ async fn number(store: &DuckdbStore, sql: &str) -> i64 {
 }
 
 /// A random merge, and what stands after it.
-fn merge(random: &mut ChaCha8Rng, model: &mut Rows) -> Vec<OutputRows> {
+pub fn merge(random: &mut ChaCha8Rng, model: &mut Rows) -> Vec<OutputRows> {
     let key = |random: &mut ChaCha8Rng| {
         let minute = random.random_range(0..9);
         ((minute > 0).then_some(minute), format!("s{}", random.random_range(0..4)))
@@ -47,7 +47,7 @@ fn merge(random: &mut ChaCha8Rng, model: &mut Rows) -> Vec<OutputRows> {
     vec![OutputRows::Upsert(upserts(&upserted)), OutputRows::Delete(deletes(&gone))]
 }
 
-fn replacement(random: &mut ChaCha8Rng, model: &mut Rows) -> Vec<OutputRows> {
+pub fn replacement(random: &mut ChaCha8Rng, model: &mut Rows) -> Vec<OutputRows> {
     model.retain(|_, _| random.random_bool(0.8));
     model.values_mut().for_each(|amount| *amount = amount.map(|amount| amount / 2));
     vec![OutputRows::Upsert(upserts(model))]
@@ -102,7 +102,7 @@ async fn rows_in_layers_are_what_a_map_holds() {
 }
 
 /// A random output of versions, and what stands after it.
-fn versions(random: &mut ChaCha8Rng, model: &mut Vec<Version>, step: u64, keys: i64) -> Vec<OutputRows> {
+pub fn versions(random: &mut ChaCha8Rng, model: &mut Vec<Version>, step: u64, keys: i64) -> Vec<OutputRows> {
     let (mut fresh, mut closed): (Vec<Version>, BTreeMap<i64, i64>) = Default::default();
     for change in 0..random.random_range(0..8) {
         let (key, clock) = (random.random_range(0..keys), (step * 100 + change) as i64);

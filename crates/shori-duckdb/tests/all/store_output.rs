@@ -118,8 +118,12 @@ pub fn deletes(keys: &[Key]) -> RecordBatch {
 }
 
 pub async fn stored_rows(store: &DuckdbStore) -> Vec<(Key, Option<i64>)> {
+    rows_in(store, "proj_kpi").await
+}
+
+pub async fn rows_in(store: &DuckdbStore, table: &str) -> Vec<(Key, Option<i64>)> {
     let mut rows = Vec::new();
-    for batch in store.query("select minute, segment, amount from proj_kpi").await.unwrap() {
+    for batch in store.query(&format!("select minute, segment, amount from serving.main.\"{table}\"")).await.unwrap() {
         let number = |column: usize, row: usize| {
             let array = batch.column(column).as_primitive::<Int64Type>();
             array.is_valid(row).then(|| array.value(row))
@@ -342,10 +346,16 @@ pub fn closes(closes: &[(i64, i64)]) -> RecordBatch {
 
 /// All versions, and by (key, commit) their surrogate keys.
 pub async fn stored_versions(store: &DuckdbStore) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
+    versions_in(store, "dim_orders_history").await
+}
+
+pub async fn versions_in(store: &DuckdbStore, table: &str) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
     let (mut versions, mut surrogates) = (Vec::new(), BTreeMap::new());
-    let sql =
-        "select surrogate_key, order_key, text, valid_from, valid_to, is_current, __source_lsn from dim_orders_history";
-    for batch in store.query(sql).await.unwrap() {
+    let sql = format!(
+        "select surrogate_key, order_key, text, valid_from, valid_to, is_current, __source_lsn \
+         from serving.main.\"{table}\""
+    );
+    for batch in store.query(&sql).await.unwrap() {
         let number = |column: usize, row: usize| batch.column(column).as_primitive::<Int64Type>().value(row);
         for row in 0..batch.num_rows() {
             let time = |column: usize| {

@@ -25,7 +25,7 @@ use super::layout;
 use super::session::{Link, above, at_or_above, at_or_below, lock_name};
 use crate::connect::quoted;
 
-const VERDICTS: &str = "pg_temp.shori_verdicts";
+const VERDICTS: &str = "pg_temp.ctl_verdicts";
 
 /// What a compaction decides by.
 struct Pass<'a> {

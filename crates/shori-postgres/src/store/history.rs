@@ -14,10 +14,10 @@ use super::session::{Link, Time, bytes_literal, now};
 use super::target::{Nulls, has_null, same_key};
 use crate::connect::quoted;
 
-const CLOSES: &str = "pg_temp.shori_closes";
-const VERSIONS: &str = "pg_temp.shori_versions";
+const CLOSES: &str = "pg_temp.ctl_closes";
+const VERSIONS: &str = "pg_temp.ctl_versions";
 /// Versions that are open, and have not come.
-const ENDED: &str = "pg_temp.shori_ended";
+const ENDED: &str = "pg_temp.ctl_ended";
 
 /// Closes, then inserts: [`OutputKind::Versions`](shori_core::store::OutputKind::Versions).
 pub(super) async fn add(link: &Link, step: &Step<'_>, output: &mut dyn OutputReader) -> Result<u64> {

@@ -123,7 +123,8 @@ const STAGING_TAIL: [&str; 4] = ["ingested_at", "commit_time", "unchanged_column
 /// Columns that every table of PostgreSQL has (PostgreSQL documentation, "System Columns").
 const SYSTEM_COLUMNS: [&str; 6] = ["tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"];
 
-/// Whether tables of that name are the store's own.
+/// Whether tables of that name are the store's own. Temporary ones are called `ctl_` too: they would hide a target of
+/// their name. A target may be called as any alias is, and `excluded`, so statements give it one, too.
 pub fn is_reserved_table(name: &str) -> bool {
     let lower = name.to_lowercase();
     lower.starts_with("ctl_") || lower.starts_with("stg_cdc_") || lower == "pipeline_metadata"

@@ -32,8 +32,8 @@ set local enable_seqscan = off;
 set local enable_hashjoin = off;
 set local enable_mergejoin = off";
 
-const UPSERTS: &str = "pg_temp.shori_upserts";
-const DELETES: &str = "pg_temp.shori_deletes";
+const UPSERTS: &str = "pg_temp.ctl_upserts";
+const DELETES: &str = "pg_temp.ctl_deletes";
 
 /// What a commit is about, apart from its rows.
 pub(super) struct Step<'a> {
@@ -277,7 +277,7 @@ fn upsert(target: &Target, condition: &str) -> String {
     let update = if set.is_empty() { "nothing".into() } else { format!("update set {}", set.join(", ")) };
     let (columns, key) = (columns.join(", "), key.join(", "));
     format!(
-        "insert into {table} ({columns}) select {columns} from {UPSERTS} as l where {condition} \
+        "insert into {table} as t ({columns}) select {columns} from {UPSERTS} as l where {condition} \
          on conflict ({key}) do {update}"
     )
 }

@@ -27,6 +27,7 @@ mod store_contract;
 mod store_crash;
 mod store_errors;
 mod store_log;
+mod store_names;
 mod store_output;
 mod store_rates;
 mod store_values;

@@ -119,7 +119,12 @@ pub fn deletes(keys: &[Key]) -> RecordBatch {
 }
 
 pub async fn stored_rows(client: &Client) -> Vec<(Key, Option<i64>)> {
-    let rows = client.query("select minute, segment, amount from proj_kpi", &[]).await.unwrap();
+    rows_in(client, "proj_kpi").await
+}
+
+pub async fn rows_in(client: &Client, table: &str) -> Vec<(Key, Option<i64>)> {
+    let sql = format!("select minute, segment, amount from public.\"{table}\"");
+    let rows = client.query(&sql, &[]).await.unwrap();
     let mut rows: Vec<_> = rows.iter().map(|row| ((row.get(0), row.get(1)), row.get(2))).collect();
     rows.sort();
     rows
@@ -326,12 +331,18 @@ pub fn closes(closes: &[(i64, i64)]) -> RecordBatch {
 
 /// All versions, and by (key, commit) their surrogate keys.
 pub async fn stored_versions(client: &Client) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
+    versions_in(client, "dim_orders_history").await
+}
+
+pub async fn versions_in(client: &Client, table: &str) -> (Vec<Version>, BTreeMap<(i64, u64), i64>) {
     let (mut versions, mut surrogates) = (Vec::new(), BTreeMap::new());
-    let sql = "
+    let sql = format!(
+        "
         select surrogate_key, order_key, text, (extract(epoch from valid_from) * 1000000)::bigint,
             (extract(epoch from valid_to) * 1000000)::bigint, is_current, __source_lsn
-        from dim_orders_history";
-    for row in client.query(sql, &[]).await.unwrap() {
+        from public.\"{table}\""
+    );
+    for row in client.query(&sql, &[]).await.unwrap() {
         let lsn = u64::from_be_bytes(row.get::<_, Vec<u8>>(6).try_into().unwrap());
         let version = Version { id: row.get(1), lsn, from: row.get(3), to: row.get(4), text: row.get(2) };
         assert_eq!(row.get::<_, bool>(5), version.to.is_none());
