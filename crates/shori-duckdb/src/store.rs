@@ -13,6 +13,7 @@ mod layers;
 mod layout;
 mod output;
 mod query;
+mod question;
 mod read;
 mod rewrite;
 mod runs;
@@ -36,7 +37,8 @@ use shori_core::{Error, ErrorKind, Result};
 use crate::database::Database;
 use fold::Folder;
 pub use layout::is_reserved_table;
-pub use query::{ANSWER_ROWS_MAX, Answer, reading_statement, too_many};
+pub use query::{ANSWER_ROWS_MAX, Answer, too_many};
+pub use question::{Question, after_comments};
 use session::{Session, Sessions, now, text, time};
 pub use target::ProjectionStatus;
 

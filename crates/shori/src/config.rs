@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use shori_core::{Error, ErrorKind, Result};
+use shori_duckdb::store::after_comments;
 
 pub use entity_path::{EntityPathConfig, ThroughConfig};
 pub use environment::beside;
@@ -291,7 +292,7 @@ impl Loaded {
     /// The query in a file; refuses one that holds none.
     pub fn read_query(&self, path: &Path) -> Result<String> {
         let text = self.read(path)?;
-        if holds_statement(&text) {
+        if !after_comments(&text).is_empty() {
             return Ok(text);
         }
         let object = format!("file {}", self.resolve(path).display());
@@ -352,34 +353,6 @@ fn parse(text: &str, file: &Path, environment: &BTreeMap<String, String>) -> Res
     })
 }
 
-/// Whether anything stands in an SQL text but comments and semicolons. One that does not end is for DuckDB to tell.
-fn holds_statement(text: &str) -> bool {
-    let mut rest = text;
-    loop {
-        rest = rest.trim_start_matches(|letter: char| letter.is_whitespace() || letter == ';' || letter == '\u{feff}');
-        if let Some(comment) = rest.strip_prefix("--") {
-            rest = comment.split_once('\n').map_or("", |(_, after)| after);
-        } else if let Some(after) = rest.strip_prefix("/*").and_then(after_comment) {
-            rest = after;
-        } else {
-            return !rest.is_empty();
-        }
-    }
-}
-
-/// What follows a comment that has been opened; comments nest.
-fn after_comment(text: &str) -> Option<&str> {
-    let (mut depth, mut rest) = (1, text);
-    while depth > 0 {
-        let next = rest.find("*/")?;
-        match rest.find("/*").filter(|open| *open < next) {
-            Some(open) => (depth, rest) = (depth + 1, &rest[open + 2..]),
-            None => (depth, rest) = (depth - 1, &rest[next + 2..]),
-        }
-    }
-    Some(rest)
-}
-
 /// Key and known keys of serde's message about an unknown one.
 fn unknown_key(message: &str) -> Option<(String, Vec<String>)> {
     let rest = message.strip_prefix("unknown field ").or_else(|| message.strip_prefix("unknown variant "))?;
@@ -437,10 +410,10 @@ mod tests {
         for text in
             ["", " \n;\t;", "-- only", "-- a\n-- b\n", "/* a */ -- b\n;", "/* a /* b */ select */;", "\u{feff}\n"]
         {
-            assert!(!holds_statement(text), "{text:?}");
+            assert!(after_comments(text).is_empty(), "{text:?}");
         }
         for text in ["select 1", "-- a\nselect 1", "/* a */select 1 -- b", "/* a", "/* a /* b */", "'--'", "- 1"] {
-            assert!(holds_statement(text), "{text:?}");
+            assert!(!after_comments(text).is_empty(), "{text:?}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! Questions of people to a store: one reading statement each.
 //!
-//! What keeps a question from writing: it is one statement (a semicolon within is refused, wherever it stands), it
-//! begins like a reading one, and its transaction is read only, so that DuckDB refuses writes that hide inside. It may
-//! read files with the rights of the process: a question comes from who runs the pipeline.
+//! What keeps a question from writing: it is [one statement that reads](Question), and its transaction is read only, so that
+//! DuckDB refuses writes that hide inside. It may read files with the rights of the process: a question comes from who runs
+//! the pipeline.
 //!
 //! An answer is handed out while it is made, in batches as DuckDB makes them, so it may have any number of rows. Who takes
 //! it slowly holds up the statement alone; who goes away ends it.
@@ -15,10 +15,10 @@ use duckdb::InterruptHandle;
 use shori_core::{Error, ErrorKind, Result};
 use tokio::sync::{mpsc, oneshot};
 
+use super::question::Question;
 use super::session::{Session, Sessions};
 use crate::database::{duckdb_error, locked};
 
-const READING_WORDS: [&str; 7] = ["select", "with", "from", "values", "describe", "show", "summarize"];
 /// Rows that an answer given at once holds at most.
 pub const ANSWER_ROWS_MAX: usize = 1_000_000;
 /// Batches that wait for who takes them.
@@ -79,7 +79,7 @@ impl Drop for Interruptible {
 
 /// Begins to answer. The statement runs on, off the async threads, until all has been taken or the answer is dropped.
 pub(super) async fn stream(sessions: &Arc<Sessions>, sql: &str) -> Result<Answer> {
-    let sql = reading_statement(sql)?.to_string();
+    let sql = sql.to_string();
     let opening = sessions.clone();
     let asked = Interruptible::new(sessions.database.run(move || opening.session()).await?);
     let statement = Statement(asked.running.clone());
@@ -104,13 +104,12 @@ pub(super) async fn stream(sessions: &Arc<Sessions>, sql: &str) -> Result<Answer
 
 /// All of an answer, which must not have many rows. An empty one is one batch without rows.
 pub(super) fn query(session: &Session, sql: &str) -> Result<Vec<RecordBatch>> {
-    let statement = reading_statement(sql)?;
     let (mut schema, mut batches, mut rows) = (None, Vec::new(), 0);
     let mut begin = |columns| {
         schema = Some(columns);
         true
     };
-    answer(session, statement, &mut begin, &mut |batch| {
+    answer(session, sql, &mut begin, &mut |batch| {
         rows += batch.num_rows();
         batches.push(batch);
         rows <= ANSWER_ROWS_MAX
@@ -133,14 +132,21 @@ pub fn too_many() -> Error {
 /// Hands the answer to `take` until it wants no more, its columns to `begin` before.
 fn answer(
     session: &Session,
-    statement: &str,
+    sql: &str,
     begin: &mut dyn FnMut(SchemaRef) -> bool,
     take: &mut dyn FnMut(RecordBatch) -> bool,
 ) -> Result<()> {
+    let question = Question::read(sql, &mut |sql| told(session, sql))?;
     session.batch("begin transaction read only", "a question")?;
-    let answered = run(session, statement, begin, take);
+    let answered = run(session, &question.sql(), begin, take);
     session.roll_back();
     answered
+}
+
+/// The text that is the only value of an answer.
+fn told(session: &Session, sql: &str) -> Result<String> {
+    let rows = session.rows(sql, &[], "the question", |row| row.get(0))?;
+    rows.into_iter().next().ok_or_else(|| Error::new(ErrorKind::Internal, "read", "the question", "no row came"))
 }
 
 fn run(
@@ -162,33 +168,4 @@ fn run(
         }
     }
     Ok(())
-}
-
-/// A question without the semicolon that ends it; refuses what is not one reading statement.
-pub fn reading_statement(sql: &str) -> Result<&str> {
-    let refuse = |cause: &str| Err(Error::new(ErrorKind::Usage, "answer", "the question", cause));
-    let statement = sql.trim();
-    let statement = statement.strip_suffix(';').unwrap_or(statement).trim_end();
-    if statement.contains(';') {
-        return refuse("only one statement is taken, and no semicolon within (chr(59) makes one)");
-    }
-    let word: String = statement.chars().take_while(|letter| letter.is_ascii_alphabetic()).collect();
-    if !READING_WORDS.contains(&word.to_lowercase().as_str()) {
-        return refuse(&format!("only reading statements are taken: {}", READING_WORDS.join(", ")));
-    }
-    Ok(statement)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_reading_statement_is_taken_and_nothing_else() {
-        assert_eq!(reading_statement(" select 1 ;\n").unwrap(), "select 1");
-        for refused in ["", "drop table t", "select 1; drop table t", "select ';'", "copy t to 'f'", "(select 1)", ";;"]
-        {
-            assert!(reading_statement(refused).is_err(), "{refused}");
-        }
-    }
 }

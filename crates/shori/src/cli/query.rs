@@ -13,7 +13,7 @@ use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
 use clap::Args;
 use shori_core::projection::history;
 use shori_core::{Error, ErrorKind, Result};
-use shori_duckdb::store::reading_statement;
+use shori_duckdb::store::Question;
 
 use super::Which;
 use super::printed::unprinted;
@@ -57,23 +57,55 @@ impl Query {
             return ask_postgres(&loaded, &reach, store, &at(question)?, self.json);
         }
         // Asked within a statement of ours, it would be refused less clearly.
-        let question = &at(reading_statement(&self.sql)?)?;
-        let described = reach.query(&loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
-        let columns = rows(&described);
-        if self.json {
-            let sql = as_json(question, &columns);
-            let mut out = BufWriter::new(std::io::stdout().lock());
-            reach.scan(&loaded, store, &sql, &mut |batch| print_lines(&batch, &mut out))?;
-            out.flush().map_err(unprinted)?;
+        let question = Question::read(&self.sql, &mut |sql| told(&reach.query(&loaded, store, sql)?))?;
+        let select = at(question.select)?;
+        if question.explain.is_empty() {
+            ask_duckdb(&loaded, &reach, store, &select, self.json)?;
         } else {
-            // As text made by DuckDB, which has types and values that nothing else can show.
-            let sql = as_text(question, &columns);
-            // A column is as wide as its widest value: all of them must be known before the first line.
-            let batches = reach.query(&loaded, store, &sql)?;
-            super::print(format_args!("{}\n", pretty_format_batches(&batches)?))?;
+            explain(&reach.query(&loaded, store, &Question { select: &select, ..question }.sql())?, self.json)?;
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The text that is the only value of an answer.
+fn told(answer: &[RecordBatch]) -> Result<String> {
+    let value = rows(answer).into_iter().flatten().next().flatten();
+    value.ok_or_else(|| Error::new(ErrorKind::Internal, "read", "the question", "DuckDB did not tell its kind"))
+}
+
+fn ask_duckdb(loaded: &Loaded, reach: &Reach, store: Option<&str>, question: &str, json: bool) -> Result<()> {
+    let described = reach.query(loaded, store, &format!("describe select * from (\n{question}\n) as q"))?;
+    let columns = rows(&described);
+    if json {
+        let sql = as_json(question, &columns);
+        let mut out = BufWriter::new(std::io::stdout().lock());
+        reach.scan(loaded, store, &sql, &mut |batch| print_lines(&batch, &mut out))?;
+        return out.flush().map_err(unprinted);
+    }
+    // As text made by DuckDB, which has types and values that nothing else can show.
+    let sql = as_text(question, &columns);
+    // A column is as wide as its widest value: all of them must be known before the first line.
+    let batches = reach.query(loaded, store, &sql)?;
+    super::print(format_args!("{}\n", pretty_format_batches(&batches)?))
+}
+
+/// What DuckDB says of how it answers, which it says in no statement of ours: texts alone.
+fn explain(told: &[RecordBatch], json: bool) -> Result<()> {
+    if !json {
+        return super::print(format_args!("{}\n", pretty_format_batches(told)?));
+    }
+    let names: Vec<String> = told
+        .iter()
+        .take(1)
+        .flat_map(|batch| batch.schema().fields().iter().map(|field| field.name().clone()).collect::<Vec<_>>())
+        .collect();
+    for row in rows(told) {
+        let values = row.into_iter().map(serde_json::Value::from);
+        let line: serde_json::Map<_, _> = names.iter().cloned().zip(values).collect();
+        super::print(format_args!("{}\n", serde_json::Value::Object(line)))?;
+    }
+    Ok(())
 }
 
 /// A question in PostgreSQL's own SQL. The row's name is one that no column has.
