@@ -26,6 +26,7 @@ mod trial;
 mod verify;
 mod view;
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -120,8 +121,17 @@ impl Which {
     }
 }
 
+/// A word that begins with a comment of SQL, which no option's name does, is no option: behind a blank it is none.
+fn no_option(word: OsString) -> OsString {
+    let name = word.to_str().and_then(|word| word.strip_prefix("--")?.split('=').next());
+    match name.is_some_and(|name| name.contains(char::is_whitespace)) {
+        true => [OsStr::new(" "), &word].into_iter().collect(),
+        false => word,
+    }
+}
+
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(std::env::args_os().map(no_option)) {
         Ok(cli) => cli,
         Err(usage) => {
             let status = if usage.use_stderr() { 2 } else { 0 };

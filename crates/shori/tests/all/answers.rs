@@ -81,6 +81,27 @@ fn an_answer_that_fails_on_the_way_tells_why() {
 }
 
 #[test]
+fn a_question_is_taken_however_it_is_written() {
+    let world = World::demo();
+    world.succeed(&["run", "--once"]);
+    for sql in
+        ["-- one\nselect 1 as n", "/* one */ (select 1 as n) union select 1; -- ';'", "from (values (1)) as v(n);"]
+    {
+        assert_eq!(world.succeed(&["query", "--json", sql]).out, "{\"n\":1}\n", "{sql}");
+    }
+    assert!(world.succeed(&["query", "table ctl_store"]).out.contains("layout_version"));
+    assert!(world.succeed(&["query", "explain select 1"]).out.contains("explain_value"));
+    assert!(world.succeed(&["query", "--json", "explain select 1"]).json()["explain_value"].is_string());
+    for (sql, cause) in [
+        ("select 1; drop table ctl_store", "only one statement"),
+        ("-- select\ndrop table ctl_store", "only reading statements"),
+        ("explain analyze drop table ctl_store", "only reading statements"),
+    ] {
+        world.shori(&["query", sql]).tells(2, &[cause]);
+    }
+}
+
+#[test]
 fn a_client_that_goes_away_ends_its_statement() {
     let world = World::demo();
     let running = world.run();
