@@ -9,7 +9,7 @@ use arrow::array::{AsArray, RecordBatch};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, FieldRef, Schema};
 use arrow::util::pretty::pretty_format_batches;
-use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime};
+use chrono::{DateTime, NaiveDate, NaiveDateTime, NaiveTime, Timelike};
 use clap::Args;
 use shori_core::projection::history;
 use shori_core::{Error, ErrorKind, Result};
@@ -138,16 +138,24 @@ fn with_offsets(batch: &RecordBatch) -> Result<RecordBatch> {
     Ok(RecordBatch::try_new(schema.clone(), columns)?)
 }
 
+/// Of a second; a leap second has more.
+const NANOSECONDS: u32 = 1_000_000_000;
+
 /// A time as people write it; without a zone it is UTC.
 fn time(text: &str) -> Result<NaiveDateTime, String> {
-    if let Ok(time) = DateTime::parse_from_rfc3339(&text.replacen(' ', "T", 1)) {
-        return Ok(time.naive_utc());
-    }
     const FORMATS: [&str; 2] = ["%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M"];
-    let plain = text.replacen('T', " ", 1);
-    let read = FORMATS.iter().find_map(|format| NaiveDateTime::parse_from_str(&plain, format).ok());
+    let plain = text.replacen(['T', 't'], " ", 1);
+    // Its minutes may be left out.
+    let zoned = |format: &&str| DateTime::parse_from_str(&plain, &format!("{format} %#z")).ok();
+    let zoned = FORMATS.iter().find_map(zoned).map(|time| time.naive_utc());
+    let plain = || FORMATS.iter().find_map(|format| NaiveDateTime::parse_from_str(&plain, format).ok());
     let day = || NaiveDate::parse_from_str(text, "%Y-%m-%d").ok().map(|day| day.and_time(NaiveTime::MIN));
-    read.or_else(day).ok_or_else(|| "it is no time: write 2026-11-27T18:00:00Z, or 2026-11-27".into())
+    let read = zoned.or_else(plain).or_else(day);
+    let read = read.ok_or("it is no time: write 2026-11-27T18:00:00Z, or 2026-11-27T20:00+02, or 2026-11-27")?;
+    if read.nanosecond() >= NANOSECONDS {
+        return Err("it has second 60, and no store has one: write second 59, or the minute after".into());
+    }
+    Ok(read)
 }
 
 /// The question with each history of the store cut to what was current at `time`: the rows have the history's name
@@ -260,13 +268,30 @@ mod tests {
 
     #[test]
     fn a_time_is_told_with_and_without_zone() {
-        let read = |text| time(text).unwrap().to_string();
+        let read = |text: &str| time(text).unwrap().to_string();
         assert_eq!(read("2026-11-27T18:00:00+02:00"), "2026-11-27 16:00:00");
         assert_eq!(read("2026-11-27 18:00:00.123456Z"), "2026-11-27 18:00:00.123456");
         assert_eq!(read("2026-11-27T18:00:00.5"), "2026-11-27 18:00:00.500");
         assert_eq!(read("2026-11-27 18:00"), "2026-11-27 18:00:00");
         assert_eq!(read("2026-11-27"), "2026-11-27 00:00:00");
-        assert!(["yesterday", "18:00", "2026-13-01", ""].iter().all(|text| time(text).is_err()));
+        for offset in ["+02", "+0200", "+02:00", " +02"] {
+            for text in ["2026-11-27T18:00:00", "2026-11-27 18:00:00.000", "2026-11-27 18:00"] {
+                assert_eq!(read(&format!("{text}{offset}")), "2026-11-27 16:00:00", "{text}{offset}");
+            }
+        }
+        assert_eq!(read("2026-11-27t18:00:00z"), "2026-11-27 18:00:00");
+        assert_eq!(read("2026-11-27 18:00-0330"), "2026-11-27 21:30:00");
+        for text in ["yesterday", "18:00", "2026-13-01", "2026-11-27 18:00+2", "2026-11-27T18:00:61Z", ""] {
+            assert!(time(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn second_60_is_refused() {
+        for text in ["2016-12-31T23:59:60Z", "2016-12-31 23:59:60.5", "2016-12-31T18:59:60-05"] {
+            assert!(time(text).unwrap_err().contains("second 60"), "{text}");
+        }
+        assert_eq!(time("2016-12-31T23:59:59.999999Z").unwrap().to_string(), "2016-12-31 23:59:59.999999");
     }
 
     #[test]

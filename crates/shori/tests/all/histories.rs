@@ -147,6 +147,8 @@ fn a_history_tells_what_was_at_a_time() {
     assert!(now.out.contains("| 2 |"), "{now:?}");
     let done = world.shori(&["query", "--as-of", "2100-01-01", "select count(*) from main.names"]);
     assert!(done.err.contains("write names alone"), "{done:?}");
+    let how = ["query", "--json", "--as-of", "2100-01-01T00:00+02", "-- how\nexplain select * from names"];
+    assert!(world.succeed(&how).json()["explain_value"].as_str().unwrap().contains("valid_to"));
     let done = world.shori(&["query", "--as-of", "noon", question]);
     assert_eq!(done.status, Some(2), "{done:?}");
     assert!(done.err.contains("it is no time: write 2026-"), "{done:?}");
