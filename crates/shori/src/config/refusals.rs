@@ -37,6 +37,7 @@ pub(super) fn of(loaded: &Loaded) -> Vec<Error> {
     paths(loaded, &mut found);
     types(loaded, &mut found);
     tables(loaded, &mut found);
+    columns(loaded, &mut found);
     numbers(loaded, &mut found);
     found
 }
@@ -268,6 +269,19 @@ fn tables(loaded: &Loaded, found: &mut Vec<Error>) {
             };
             let cause = format!("it reads table {name}, which no source names{near}");
             found.push(loaded.wrong(&format!("projection {}", projection.name), &cause));
+        }
+    }
+}
+
+/// Columns that a history names twice: one of them was to be another.
+fn columns(loaded: &Loaded, found: &mut Vec<Error>) {
+    for projection in &loaded.config.projections {
+        for (key, names) in [("tracked", &projection.tracked), ("untracked", &projection.untracked)] {
+            let mut before = BTreeSet::new();
+            for name in names.iter().flatten().filter(|name| !before.insert(name.as_str())) {
+                let cause = format!("{key} names column {name} twice: leave one out");
+                found.push(loaded.wrong(&format!("projection {}", projection.name), &cause));
+            }
         }
     }
 }

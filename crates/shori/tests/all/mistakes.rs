@@ -93,19 +93,26 @@ fn who_looks_keeps_nobody_from_starting() {
     world.verify();
 }
 
+const HISTORY_TRACKED: &str = "[[projection]]\nname = \"h\"\nkind = \"history\"\ntable = \"things\"\n\
+     tracked = [\"name\", \"name\"]\n[[projection]]\nname = \"things_latest\"";
+const HISTORY_UNTRACKED: &str = "[[projection]]\nname = \"h\"\nkind = \"history\"\ntable = \"things\"\n\
+     untracked = [\"name\", \"amount\", \"name\"]\n[[projection]]\nname = \"things_latest\"";
+
 #[test]
 fn what_cannot_be_meant_is_refused_by_every_verb() {
     let mut world = small();
     let latest = "[[projection]]\nname = \"things_latest\"";
     let store = "[[store]]\nname = \"serving\"";
     let end = "[project]\ninterval_ms = 500\n";
-    let cases: [(&str, &str, &[&str]); 22] = [
+    let cases: [(&str, &str, &[&str]); 24] = [
         (latest, "[[projection]]\nname = \"others_latest\"", &["projection others_latest", "rename one"]),
         (latest, "[[projection]]\nname = \"OTHERS_latest\"", &["projection OTHERS_latest", "rename one"]),
         (latest, "[[projection]]\nname = \"\"", &["projection \"\"", "its name is empty"]),
         (latest, "[[projection]]\nname = \"ctl_store\"", &["projection ctl_store", "store's own"]),
         (latest, "[[projection]]\nname = \"STG_cdc_t\"", &["projection STG_cdc_t", "store's own"]),
         (latest, "[[projection]]\ntarget = \"srving\"\nname = \"a\"", &["srving", "did you mean serving?"]),
+        (latest, HISTORY_TRACKED, &["projection h", "tracked names column name twice", "leave one out"]),
+        (latest, HISTORY_UNTRACKED, &["projection h", "untracked names column name twice"]),
         ("name = \"small\"", "name = \"small\"\nstaging = \"x\"", &["store x", "no [[store]] has that name"]),
         (store, "[[store]]\nname = \"Temp\"", &["store Temp", "DuckDB has"]),
         ("path = \"serving.duckdb\"", "path = \"./source.db\"", &["store serving", "./source.db", "source here"]),
@@ -249,6 +256,7 @@ fn wrong_usage_is_status_2() {
         &["run", "--onc"],
         &["demo", "--changes", "many"],
         &["query"],
+        &["query", "--jsn", "select 1"],
         &["--log-level", "bogus", "status"],
         &["--log-level", "shori_core=bogus", "status"],
     ];
