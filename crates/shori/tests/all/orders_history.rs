@@ -182,3 +182,26 @@ fn a_signal_ends_a_long_pause() {
     running.signal(Signal::INT);
     assert_eq!(running.end().status, Some(0));
 }
+
+#[test]
+fn an_interval_that_is_none_is_told_by_the_name_that_was_typed() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/orders-history");
+    let make = |words: &[&str]| {
+        // A program that does nothing is there, so that none is built.
+        let mut make = Command::new("make");
+        make.args(["--no-print-directory", "-C", folder, "SHORI=/bin/false"]).args(words);
+        make.env_remove("MAKEFLAGS").env_remove("MUTATION_INTERVAL").env_remove("CDC_INTERVAL").output().unwrap()
+    };
+    for (verb, interval, told) in [
+        ("start", "MUTATION_INTERVAL=abc", "MUTATION_INTERVAL is \"abc\", and must be a number of seconds"),
+        ("quick-start", "MUTATION_INTERVAL=-1", "MUTATION_INTERVAL is \"-1\""),
+        ("prod-start", "CDC_INTERVAL=0.5", "CDC_INTERVAL is \"0.5\", and must be a whole number of seconds"),
+    ] {
+        let done = make(&[verb, interval]);
+        let err = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && err.contains(told), "{verb} {interval}: {err}");
+    }
+    for intervals in [&["MUTATION_INTERVAL=0.5"][..], &["MUTATION_INTERVAL=30", "CDC_INTERVAL=60"], &[]] {
+        assert!(make(&[&["intervals"], intervals].concat()).status.success(), "{intervals:?}");
+    }
+}
