@@ -134,7 +134,6 @@ impl fmt::Debug for HistoryProjection {
         if self.tracked != Tracked::default() {
             shown.field("tracked", &self.tracked);
         }
-        // `Target::keeps_tombstones` reads this.
         if self.deletes != Deletes::default() {
             shown.field("deletes", &self.deletes);
         }
@@ -174,6 +173,11 @@ impl Projection {
         format!("{derivation:?}")
     }
 
+    /// Whether a deletion leaves a version of its own.
+    pub fn keeps_tombstones(&self) -> bool {
+        matches!(&self.derivation, Derivation::History(history) if history.deletes == Deletes::Tombstone)
+    }
+
     /// Whether an output may go out while an initial snapshot still runs. A query over several half-read tables would
     /// mislead, one table's rows do not.
     pub fn shows_partial_snapshot(&self) -> bool {
@@ -190,14 +194,6 @@ pub enum TargetShape {
     Versions,
 }
 
-impl Target {
-    /// Whether a deletion leaves a version of its own. A store that knows a target by its definition alone asks this when that
-    /// has changed: tombstones of before, which nothing would end any more, end then.
-    pub fn keeps_tombstones(&self) -> bool {
-        self.definition.contains("deletes: Tombstone")
-    }
-}
-
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Target {
     /// Names the control rows, and the table.
@@ -208,6 +204,9 @@ pub struct Target {
     pub columns: SchemaRef,
     /// What its rows are derived by: see [`Projection::definition`].
     pub definition: String,
+    /// See [`Projection::keeps_tombstones`]. A store asks for it when the definition has changed: tombstones of before, which
+    /// nothing would end any more, end then.
+    pub keeps_tombstones: bool,
     pub captures: Vec<CaptureId>,
 }
 
@@ -279,3 +278,29 @@ pub mod history {
 
 /// The column of a `latest` projection that tells which commit left the row as it is.
 pub const SOURCE_LSN: &str = "__source_lsn";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn history(untracked: &str, deletes: Deletes) -> Projection {
+        let tracked = Tracked::AllBut(vec![untracked.into()]);
+        let derivation = HistoryProjection { table: "orders".into(), key: vec!["id".into()], tracked, deletes };
+        Projection { name: "h".into(), derivation: Derivation::History(derivation) }
+    }
+
+    #[test]
+    fn a_history_keeps_tombstones_by_its_setting_and_not_by_a_name_in_its_definition() {
+        let closing = history("deletes: Tombstone", Deletes::Close);
+        assert!(closing.definition().contains("deletes: Tombstone") && !closing.keeps_tombstones());
+        assert!(history("note", Deletes::Tombstone).keeps_tombstones());
+    }
+
+    /// Stores keep it: another text would make each projection anew, or end its tombstones.
+    #[test]
+    fn a_definition_is_the_text_that_stores_hold() {
+        let head = "History(HistoryProjection { table: \"orders\", key: [\"id\"], tracked: AllBut([\"note\"])";
+        assert_eq!(history("note", Deletes::Close).definition(), format!("{head} }})"));
+        assert_eq!(history("note", Deletes::Tombstone).definition(), format!("{head}, deletes: Tombstone }})"));
+    }
+}

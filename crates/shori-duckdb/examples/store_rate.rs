@@ -214,6 +214,7 @@ async fn main() -> Result<(), Failure> {
         key: vec!["order_id".into()],
         columns: schema.columns.clone(),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id.clone()],
     };
     store.prepare_target(&rows_target).await?;
@@ -250,6 +251,7 @@ async fn main() -> Result<(), Failure> {
         key: vec!["order_id".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id],
     };
     store.prepare_target(&dim).await?;
@@ -310,6 +312,7 @@ async fn large_rows(store: &DuckdbStore, schema: &Arc<TableSchema>) -> Result<()
         key: vec!["order_id".into()],
         columns: schema.columns.clone(),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![CaptureId::new("source1", "orders")],
     };
     store.prepare_target(&target).await?;

@@ -176,8 +176,9 @@ impl Projector {
             Derivation::Latest { table } => (TargetShape::Rows, key_of(tables, table)),
             Derivation::History(history) => (TargetShape::Versions, history.key.clone()),
         };
-        let definition = named.definition();
-        let target = Target { projection: name.clone(), shape, key, columns, definition, captures };
+        let (definition, keeps_tombstones) = (named.definition(), named.keeps_tombstones());
+        let projection = name.clone();
+        let target = Target { projection, shape, key, columns, definition, keeps_tombstones, captures };
         worker.store.bootstrap().await?;
         worker.store.prepare_target(&target).await?;
         let mut checkpoint = worker.store.checkpoint(name).await?.map(|checkpoint| checkpoint.positions);

@@ -137,6 +137,6 @@ pub fn target_of(
         }
         Derivation::History(history) => (history.key.clone(), TargetShape::Versions),
     };
-    let definition = projection.definition();
-    Target { projection: projection.name.clone(), shape, key, columns, definition, captures }
+    let (definition, keeps_tombstones) = (projection.definition(), projection.keeps_tombstones());
+    Target { projection: projection.name.clone(), shape, key, columns, definition, keeps_tombstones, captures }
 }

@@ -225,7 +225,7 @@ fn prepare_plain(session: &Session, target: &Target, wanted: &Written, stored: O
         Some(stored) if stored.shape != NO_SHAPE => {
             let differs = stored.definition != wanted.definition;
             stored.follow(session, wanted, table)?;
-            match differs && target.shape == TargetShape::Versions && !target.keeps_tombstones() {
+            match differs && target.shape == TargetShape::Versions && !target.keeps_tombstones {
                 true => end_tombstones(session, table),
                 false => Ok(()),
             }

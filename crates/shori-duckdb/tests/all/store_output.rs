@@ -92,6 +92,7 @@ pub fn rows_target() -> Target {
         key: vec!["minute".into(), "segment".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }
@@ -310,6 +311,7 @@ pub fn versions_target() -> Target {
         key: vec!["order_key".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }

@@ -175,7 +175,7 @@ pub(super) async fn prepare(link: &Link, schema: &str, target: &Target) -> Resul
         Some(stored) => {
             let differs = stored.definition != wanted.definition;
             stored.follow(link, &wanted, table).await?;
-            if differs && target.shape == TargetShape::Versions && !target.keeps_tombstones() {
+            if differs && target.shape == TargetShape::Versions && !target.keeps_tombstones {
                 end_tombstones(link, table).await?;
             }
         }

@@ -93,6 +93,7 @@ pub fn rows_target() -> Target {
         key: vec!["minute".into(), "segment".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }
@@ -295,6 +296,7 @@ pub fn versions_target() -> Target {
         key: vec!["order_key".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }

@@ -71,6 +71,7 @@ fn history_target() -> Target {
         key: vec!["order_key".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }
@@ -82,6 +83,7 @@ fn latest_target() -> Target {
         key: vec!["order_id".into()],
         columns: Arc::new(Schema::new(order_fields())),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("orders")],
     }
 }

@@ -138,6 +138,7 @@ fn rows_target(fields: Vec<Field>, shape: TargetShape) -> Target {
         key: vec!["id".into()],
         columns: Arc::new(Schema::new(fields)),
         definition: String::new(),
+        keeps_tombstones: false,
         captures: vec![id("things")],
     }
 }

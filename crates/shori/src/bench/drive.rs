@@ -161,6 +161,7 @@ impl Engine {
             key,
             columns: self.pipeline.transform.describe(&projection.name).await?,
             definition: projection.definition(),
+            keeps_tombstones: projection.keeps_tombstones(),
             captures: captures.map(|table| table.capture.clone()).collect(),
         })
     }
