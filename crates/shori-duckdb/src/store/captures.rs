@@ -13,6 +13,7 @@ use shori_core::{Error, ErrorKind, Result};
 use super::layout;
 use super::session::{Session, blob, get_position, get_time, now, position_values, text, time};
 use crate::database::quote_name;
+use crate::types::duckdb_type;
 
 const CAPTURES: &str = "the log's captures";
 
@@ -280,7 +281,7 @@ pub(super) fn take_schema(session: &Session, capture: &Capture, next: &Arc<Table
             }
             SchemaChange::Evolved { added, .. } => {
                 for field in added {
-                    add_column(session, &table, &mut columns, field.name(), &layout::staging_type(field.data_type())?)?;
+                    add_column(session, &table, &mut columns, field.name(), &duckdb_type(field.data_type())?)?;
                 }
             }
         }

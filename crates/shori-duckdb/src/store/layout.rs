@@ -135,31 +135,17 @@ pub(super) fn history_column(name: &str) -> String {
     if own.contains(&name.to_lowercase().as_str()) { format!("{name}__source") } else { name.to_string() }
 }
 
-/// How texts and the like are compressed in a log. To try every way takes a quarter of the time that writing a snapshot does,
-/// and it is in rows that differ that this one is found.
-const COMPRESSED: &str = "using compression fsst";
-
-/// The type of a staging column, and how its values are kept.
-pub(super) fn staging_type(data_type: &DataType) -> Result<String> {
-    let name = duckdb_type(data_type)?;
-    let is_compressed = matches!(data_type, DataType::Utf8 | DataType::Binary);
-    Ok(if is_compressed { format!("{name} {COMPRESSED}") } else { name })
-}
-
 /// `boundary_time` is where the key's history stood with this image, where compaction has found it later than
 /// `commit_time`; it continues the chain of history boundaries that the removed images began.
 pub(super) fn create_staging_table<'a>(table: &str, fields: impl Iterator<Item = &'a Field>) -> Result<String> {
-    let mut columns = vec![
-        format!("lsn blob not null {COMPRESSED}"),
-        format!("seqval blob not null {COMPRESSED}"),
-        "op utinyint not null".into(),
-    ];
+    let mut columns =
+        vec!["lsn blob not null".to_string(), "seqval blob not null".into(), "op utinyint not null".into()];
     for field in fields {
-        columns.push(format!("{} {}", quote_name(&staging_column(field.name())), staging_type(field.data_type())?));
+        columns.push(format!("{} {}", quote_name(&staging_column(field.name())), duckdb_type(field.data_type())?));
     }
     columns.push("ingested_at timestamp not null".into());
     columns.push("commit_time timestamp not null".into());
-    columns.push(format!("unchanged_columns blob {COMPRESSED}"));
+    columns.push("unchanged_columns blob".into());
     columns.push("boundary_time timestamp".into());
     Ok(format!("create table {} ({})", quote_name(table), columns.join(", ")))
 }
