@@ -304,6 +304,13 @@ impl Layout {
     }
 }
 
+impl Sent {
+    /// Whether it is computed of nothing but these columns.
+    pub fn is_made_of(&self, is_sent: impl Fn(&str) -> bool) -> bool {
+        self.generated.iter().flat_map(|generated| &generated.inputs).all(|(input, _)| is_sent(input))
+    }
+}
+
 impl From<Column> for Sent {
     fn from(column: Column) -> Self {
         let Column { name, type_oid, modifier, nullable, generated, .. } = column;
@@ -374,10 +381,7 @@ pub(crate) fn layout_of(
     let mut fields = Vec::with_capacity(sent.len());
     let (sent, mut computed): (Vec<Sent>, Vec<Sent>) = sent.into_iter().partition(|column| column.generated.is_none());
     // One that is made of what is not sent cannot be computed: a column list leaves it out, too.
-    computed.retain(|column| {
-        let mut inputs = column.generated.iter().flat_map(|generated| &generated.inputs);
-        inputs.all(|(input, _)| sent.iter().any(|column| column.name == *input))
-    });
+    computed.retain(|column| column.is_made_of(|input| sent.iter().any(|column| column.name == input)));
     if let Some(column) = computed.iter().find(|column| key.contains(&column.name)) {
         return Err(refuse(format!("its key column {} is generated, and is not in the stream", column.name)));
     }

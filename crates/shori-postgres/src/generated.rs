@@ -7,17 +7,18 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use arrow::array::ArrayRef;
 use shori_core::change::ChangeBatch;
 use shori_core::{Error, ErrorKind, Result};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Statement};
 
+use crate::PostgresConfig;
 use crate::catalog::{Column, Generated, Layout, Sent};
 use crate::column_builder::ColumnBuilder;
 use crate::connect::{quoted, sql_error};
 use crate::message::Value;
 use crate::snapshot::{Parameter, Raw};
+use crate::source::answered;
 
 /// Rows of one statement: the next larger one of these, the last row told again where there are fewer.
 const ROWS_AT_ONCE: [usize; 3] = [1, 16, 128];
@@ -33,7 +34,7 @@ select
     a.atttypid,
     a.atttypmod,
     a.attnotnull,
-    format(
+    pg_catalog.format(
         '(%s)::%s',
         pg_catalog.pg_get_expr(d.adbin, d.adrelid),
         pg_catalog.format_type(a.atttypid, a.atttypmod)
@@ -91,15 +92,14 @@ pub(crate) async fn prove(client: &Client, table: &str, layout: &Layout) -> Resu
             Ok(row) => row.get(0),
             // That reading the table takes a right is told where rights are.
             Err(cause) if cause.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => return Ok(()),
-            Err(cause) if cause.as_db_error().is_some_and(|told| told.code().code().starts_with(['2', '4'])) => {
-                // What is wrong is the expression: one bad table stops itself only (contract 11).
+            Err(cause) => {
                 let error = sql_error("compute generated columns of", &format!("table {table}"), cause);
                 return Err(match error.kind() {
+                    // What is wrong is the expression: one bad table stops itself only (contract 11).
                     ErrorKind::Refused => Error::new(ErrorKind::Schema, "capture", format!("table {table}"), error),
                     _ => error,
                 });
             }
-            Err(cause) => return Err(sql_error("compute generated columns of", &format!("table {table}"), cause)),
         };
         if differing > 0 {
             let cause = format!(
@@ -194,6 +194,14 @@ impl Inputs {
         self.rows.pop();
     }
 
+    /// Those of some rows of which there is something to compute.
+    fn given<'a>(&self, rows: &'a [InputRow]) -> impl Iterator<Item = &'a [Input]> + use<'a> {
+        rows.iter().filter_map(|row| match row {
+            InputRow::Given(row) => Some(row.as_slice()),
+            InputRow::Nothing | InputRow::Unchanged => None,
+        })
+    }
+
     fn value(&self, input: &Input) -> Value<'_> {
         match input {
             Input::Null | Input::Unchanged => Value::Null,
@@ -228,39 +236,38 @@ impl Evaluator {
     pub async fn fill(
         &mut self,
         client: &Client,
-        layout: &Layout,
-        inputs: &Inputs,
+        config: &PostgresConfig,
+        (layout, inputs): (&Layout, &Inputs),
         batch: &mut ChangeBatch,
     ) -> Result<()> {
-        let generated = layout.generated();
         let first = layout.sent().len();
         let fields = batch.schema.columns.fields().iter().skip(first);
         let mut builders: Vec<ColumnBuilder> = fields
-            .zip(generated)
+            .zip(layout.generated())
             .map(|(field, column)| ColumnBuilder::new(field.data_type(), &column.resolved))
             .collect::<Result<_>>()?;
-        let given: Vec<&Vec<Input>> = inputs
-            .rows
-            .iter()
-            .filter_map(|row| if let InputRow::Given(row) = row { Some(row) } else { None })
-            .collect();
-        let mut computed = Vec::with_capacity(given.len());
         let at_most = (PARAMETERS_MAX / inputs.columns.len().max(1)).clamp(1, ROWS_AT_ONCE[ROWS_AT_ONCE.len() - 1]);
-        let mut rest = given.as_slice();
-        while !rest.is_empty() {
-            let size = ROWS_AT_ONCE.into_iter().find(|size| *size >= rest.len()).unwrap_or(at_most).min(at_most);
-            let (part, others) = rest.split_at(size.min(rest.len()));
-            computed.extend(self.compute(client, layout, inputs, part, size).await?);
-            rest = others;
+        let mut left = inputs.given(&inputs.rows).count();
+        let mut rest = inputs.rows.as_slice();
+        while left > 0 {
+            let size = ROWS_AT_ONCE.into_iter().find(|size| *size >= left).unwrap_or(at_most).min(at_most);
+            let part: Vec<&[Input]> = inputs.given(rest).take(size).collect();
+            // Each statement may take its time; a batch has many.
+            let computed = answered(config, self.compute(client, layout, inputs, &part, size)).await?;
+            left -= computed.len();
+            let mut computed = computed.into_iter();
+            while computed.len() > 0 {
+                let Some((row, others)) = rest.split_first() else { break };
+                let values = if matches!(row, InputRow::Given(_)) { computed.next() } else { None };
+                append(layout, &mut builders, values)?;
+                rest = others;
+            }
         }
-        let mut computed = computed.into_iter();
-        for row in &inputs.rows {
-            let values = if matches!(row, InputRow::Given(_)) { computed.next() } else { None };
-            append(layout, &mut builders, values)?;
+        for _ in rest {
+            append(layout, &mut builders, None)?;
         }
-        let arrays: Vec<ArrayRef> = builders.into_iter().map(ColumnBuilder::finish).collect();
         batch.columns.truncate(first);
-        batch.columns.extend(arrays);
+        batch.columns.extend(builders.into_iter().map(ColumnBuilder::finish));
         Ok(())
     }
 
@@ -270,7 +277,7 @@ impl Evaluator {
         client: &Client,
         layout: &Layout,
         inputs: &Inputs,
-        rows: &[&Vec<Input>],
+        rows: &[&[Input]],
         size: usize,
     ) -> Result<Vec<tokio_postgres::Row>> {
         let fail = |cause| sql_error("compute generated columns of", &format!("table {}", layout.schema.table), cause);

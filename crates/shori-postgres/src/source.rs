@@ -418,7 +418,7 @@ fn is_of_table(error: &Error) -> bool {
 }
 
 /// The outcome of statements that each end within the server's own limit, or that the server keeps silent.
-async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
+pub(crate) async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
     let at_most = config.server.statement_timeout + ANSWER_GRACE;
     tokio::time::timeout(at_most, statements).await.unwrap_or_else(|_| {
         let cause = format!("it has not answered for {} s", at_most.as_secs());

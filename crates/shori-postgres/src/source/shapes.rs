@@ -7,7 +7,7 @@ use shori_core::schema::SchemaChange;
 use shori_core::source::{CaptureInfo, SnapshotState};
 use shori_core::{Error, ErrorKind, Result};
 
-use super::{Open, answered, is_of_table};
+use super::{Open, is_of_table};
 use crate::catalog::{self, Column, Layout, Sent};
 use crate::stream::{Gathered, Reshaped};
 use crate::{PostgresConfig, generated, setup, start};
@@ -91,8 +91,8 @@ impl Open {
     pub(super) async fn compute_generated(&mut self, config: &PostgresConfig, gathered: &mut Gathered) -> Result<()> {
         for (index, layout, inputs) in std::mem::take(&mut gathered.inputs) {
             let batch = &mut gathered.finished[index];
-            let computing = self.evaluator.fill(&self.session.client, &layout, &inputs, batch);
-            let Err(error) = answered(config, computing).await else { continue };
+            let computing = self.evaluator.fill(&self.session.client, config, (&layout, &inputs), batch);
+            let Err(error) = computing.await else { continue };
             if !is_of_table(&error) {
                 return Err(error);
             }
@@ -149,11 +149,7 @@ impl Open {
 /// Whether a table has other generated columns now than those that are computed of it.
 fn differ(layout: &Layout, now: &[Sent]) -> bool {
     let is_sent = |name: &str| layout.sent().iter().any(|column| column.name == name);
-    // As a layout leaves them out.
-    let computed = now.iter().filter(|column| {
-        let mut inputs = column.generated.iter().flat_map(|generated| &generated.inputs);
-        !is_sent(&column.name) && inputs.all(|(input, _)| is_sent(input))
-    });
+    let computed = now.iter().filter(|column| !is_sent(&column.name) && column.is_made_of(is_sent));
     let known = layout.generated().iter();
     !computed
         .map(|column| (&column.name, column.type_oid, column.modifier, &column.generated))

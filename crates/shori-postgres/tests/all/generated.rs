@@ -1,5 +1,7 @@
 //! Generated columns: not in the stream, and in the log all the same, with the value that each version had.
 
+use std::time::Duration;
+
 use rand::Rng;
 use shori_core::ErrorKind;
 use shori_core::change::Op;
@@ -230,6 +232,24 @@ async fn what_cannot_be_computed_is_refused_alone() {
     reader.read().await;
     reader.assert_equal("parts").await;
 
+    // It fails of itself.
+    let mut reader = items_in_binary().await;
+    reader
+        .sql(
+            "create function bad(int) returns int immutable language plpgsql as 'begin return $1; end';
+             alter table items add column bad int generated always as (bad(size)) stored;
+             create or replace function bad(int) returns int immutable language plpgsql as
+                 'begin raise exception ''no such size''; end';
+             insert into parts values (1)",
+        )
+        .await;
+    reader.start().await;
+    let (id, error) = reader.failed.pop().unwrap();
+    assert_eq!((id, error.kind()), (reader.capture("items"), ErrorKind::Schema), "{error}");
+    assert!(error.to_string().contains("no such size"), "{error}");
+    reader.read().await;
+    reader.assert_equal("parts").await;
+
     // It fails later.
     let mut reader = items_in_binary().await;
     reader
@@ -308,4 +328,24 @@ async fn whether_they_are_sent_makes_no_difference() {
         reader.assert_equal("items").await;
     }
     assert!(reader.failed.is_empty() && reader.rejected.is_empty(), "{:?} {:?}", reader.failed, reader.rejected);
+}
+
+/// A batch takes many statements: it is each of them that must end in time.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_takes_long_to_compute_comes_in_the_end() {
+    let mut reader = items_in_binary().await;
+    reader
+        .sql(
+            "create function slow(int) returns int immutable language plpgsql as
+                 'begin perform pg_sleep(0.01); return $1; end';
+             alter table items add column slow int generated always as (slow(size)) stored",
+        )
+        .await;
+    // With what an answer may take longer, eight seconds in all.
+    reader.config.server.statement_timeout = Duration::from_secs(3);
+    reader.start().await;
+    reader.read().await;
+    reader.sql("insert into items (id, size) select n, n from generate_series(10, 900) as n").await;
+    reader.read().await;
+    reader.assert_equal("items").await;
 }
