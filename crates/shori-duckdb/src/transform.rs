@@ -9,7 +9,7 @@
 //! straight from the file ([`direct`], [`history`]), or by DuckDB, for queries over the rows of touched entities alone ([`entity`],
 //! [`query`], [`mirror`]), on two threads where there is enough to do ([`hands`]). Differences that are small are told and added
 //! up in memory ([`difference`], [`adding`]). It is handed out in parts ([`reader`]); what a query's next output builds on is kept in
-//! [`results`].
+//! [`results`], and where that is little, also in memory ([`held`]).
 //!
 //! One connection writes the file; others see it as it was when they began. DuckDB's tables are in memory and spill.
 
@@ -22,6 +22,7 @@ mod direct;
 mod entity;
 mod file;
 mod hands;
+mod held;
 mod history;
 mod images;
 mod kept;
@@ -299,6 +300,7 @@ impl Computer {
     /// State is begun anew: what was computed from it before does not follow.
     fn begin_anew(&mut self) -> Result<()> {
         self.working.sets.clear();
+        self.working.held.clear();
         let pending = std::mem::take(&mut self.pending);
         pending.values().try_for_each(|pending| pending.drop_tables(&self.session))
     }
@@ -464,7 +466,7 @@ impl Transform for DuckdbTransform {
                 Some(_) => computer.shape(&layout, projection).unwrap_or_default(),
                 None => None,
             };
-            let pending = computer.pending.get(&projection.name);
+            let pending = computer.pending.get_mut(&projection.name);
             let settling = Settling { session: &computer.session, file: &file, writer, layout: &layout, projection };
             let settle = || settling.settle(shape.as_deref(), pending, checkpoint.as_ref(), &mut computer.working);
             let outcome = traced("settle", settle);

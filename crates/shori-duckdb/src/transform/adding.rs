@@ -18,6 +18,7 @@ use super::cells::{Cell, Cells, cells_of, number, shortened, write_cell};
 use super::compute::{Counts, Place};
 use super::difference::{Held, Pair};
 use super::hands::{Hands, Second, both, worth_sharing};
+use super::held::HeldResult;
 use super::key::Key;
 use super::query::{self, Shape};
 use super::reader::READY_ROWS_MAX;
@@ -58,11 +59,12 @@ impl Sums<'_> {
         &self,
         hands: Hands<'_>,
         second: &mut Option<Second<'_>>,
+        result: Option<&HeldResult>,
         mut pairs: Vec<Pair>,
     ) -> Result<(VecDeque<OutputRows>, Vec<KeptRow>)> {
         let second = worth_sharing(second, pairs.len());
         let others = pairs.split_off(if second.is_some() { pairs.len() / 2 } else { pairs.len() });
-        let add = |pairs| move |hands: Hands<'_>| self.add(hands, pairs);
+        let add = |pairs| move |hands: Hands<'_>| self.add(hands, result, pairs);
         let (own, others) = traced("add", || both(hands, second, add(pairs), add(others)))?;
         let mut held = Held::new(self.shape)?;
         let mut kept = Vec::with_capacity(own.len() + others.len());
@@ -76,10 +78,10 @@ impl Sums<'_> {
         Ok((held.finish()?, kept))
     }
 
-    fn add(&self, hands: Hands<'_>, pairs: Vec<Pair>) -> Result<Vec<Added>> {
+    fn add(&self, hands: Hands<'_>, result: Option<&HeldResult>, pairs: Vec<Pair>) -> Result<Vec<Added>> {
         let mut added = Vec::with_capacity(pairs.len());
         let moved = pairs.into_iter().filter_map(|pair| self.moved(pair).transpose());
-        self.each(hands.view, moved, |moved, row| {
+        self.each(self.stood(hands.view, result)?, moved, |moved, row| {
             added.push((moved, row.map(Row::from)));
             Ok(())
         })?;
@@ -104,19 +106,23 @@ impl Sums<'_> {
         Ok(Some(Moved { key: pair.key, key_cells: key_cells.into(), by }))
     }
 
+    /// The result to which is added: where it is held, else in the file.
+    fn stood<'c>(&self, view: &'c Connection, result: Option<&'c HeldResult>) -> Result<Stood<'c>> {
+        result.map_or_else(|| Stood::open(view, self.projection), |result| Ok(Stood::Held(result)))
+    }
+
     /// Gives `take` each group that has moved with its new row, if there is one. One that neither was nor is, is left out.
     fn each(
         &self,
-        view: &Connection,
+        mut stood: Stood<'_>,
         moved: impl Iterator<Item = Result<Moved>>,
         mut take: impl FnMut(Moved, Option<&[u8]>) -> Result<()>,
     ) -> Result<()> {
-        let (mut stood, mut row) = (Stood::open(view, self.projection)?, Vec::new());
+        let mut row = Vec::new();
         let parts: Vec<Of> = self.shape.fields.iter().map(|field| self.of(field)).collect();
         for moved in moved {
             let moved = moved?;
-            let find = |stood: &mut Stood<'_>| stood.find(&moved.key, |held| self.sum(&parts, &moved, held, &mut row));
-            let found = stood.as_mut().map(find).transpose()?.flatten();
+            let found = stood.find(&moved.key, |held| self.sum(&parts, &moved, held, &mut row))?;
             let weight = found.map_or_else(|| self.sum(&parts, &moved, &[], &mut row), Ok)?;
             match (weight > 0, found.is_some()) {
                 (true, _) => take(moved, Some(&row))?,
@@ -169,6 +175,7 @@ pub(super) struct Adding<'a> {
     /// The state file.
     pub connection: &'a Connection,
     pub sums: Sums<'a>,
+    pub result: Option<&'a HeldResult>,
     pub place: &'a Place,
 }
 
@@ -183,7 +190,8 @@ impl Adding<'_> {
         let mut counts = (0, 0);
         for start in (0..moved).step_by(CHUNK_ROWS as usize) {
             let chunk = self.read(start..start + CHUNK_ROWS)?;
-            self.sums.each(self.connection, chunk.into_iter().map(Ok), |moved, row| match row {
+            let stood = self.sums.stood(self.connection, self.result)?;
+            self.sums.each(stood, chunk.into_iter().map(Ok), |moved, row| match row {
                 Some(row) => {
                     counts.0 += 1;
                     rows.push(cells_of(row, self.sums.shape.fields.len())?)

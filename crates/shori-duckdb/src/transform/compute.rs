@@ -21,6 +21,7 @@ use super::direct;
 use super::entity::{Scope, Sets, Touched, schema_after, schema_before};
 use super::file::{self, StateFile};
 use super::hands::{Hands, Second};
+use super::held::{HeldResult, HeldResults};
 use super::history;
 use super::layout::Layout;
 use super::mirror::{LIVE, Mirrors};
@@ -89,6 +90,7 @@ impl Place {
 pub(super) struct Working {
     pub sets: Sets,
     pub mirrors: Mirrors,
+    pub held: HeldResults,
     /// Let go of with the rest when something fails.
     pub second: Option<Session>,
 }
@@ -206,6 +208,10 @@ impl Computation<'_> {
                 };
                 let (before, after) = (schema_before(set), schema_after(set));
                 let adds_up = !shape.has_others;
+                let result = match measures {
+                    Measures::Additive { .. } if adds_up => working.held.load(self.connection, &self.projection.name)?,
+                    _ => None,
+                };
                 if (matches!(measures, Measures::PerEntity) || adds_up) && bytes <= difference::HELD_BYTES_MAX {
                     // Most steps are small.
                     if let Some(pairs) = difference::pairs(hands, &mut second, sql, shape, (&before, &after))? {
@@ -215,7 +221,7 @@ impl Computation<'_> {
                                 Ok(Made::Held { parts, change: Change::Nothing })
                             }
                             Measures::Additive { .. } => {
-                                let (parts, rows) = self.sums(shape).hold(hands, &mut second, pairs)?;
+                                let (parts, rows) = self.sums(shape).hold(hands, &mut second, result, pairs)?;
                                 Ok(Made::Held { parts, change: Change::Rows(rows) })
                             }
                         };
@@ -224,7 +230,7 @@ impl Computation<'_> {
                 let make = |table: &str| format!("create or replace temp table {table} as select * from {{query}}");
                 query::run(self.session, sql, &before, &make("__before"))?;
                 match measures {
-                    Measures::Additive { .. } if adds_up => self.adding(shape).lay(sql, &after)?,
+                    Measures::Additive { .. } if adds_up => self.adding(shape, result).lay(sql, &after)?,
                     Measures::Additive { .. } => {
                         query::run(self.session, sql, &after, &make("__after"))?;
                         working.mirrors.fill(self.session, self.connection, self.layout, sql)?;
@@ -271,8 +277,9 @@ impl Computation<'_> {
         Sums { projection: &self.projection.name, shape }
     }
 
-    fn adding<'a>(&'a self, shape: &'a Shape) -> Adding<'a> {
-        Adding { session: self.session, connection: self.connection, sums: self.sums(shape), place: self.place }
+    fn adding<'a>(&'a self, shape: &'a Shape, result: Option<&'a HeldResult>) -> Adding<'a> {
+        let (session, connection, sums) = (self.session, self.connection, self.sums(shape));
+        Adding { session, connection, sums, result, place: self.place }
     }
 
     /// Fails when a key comes twice: the target could not tell its rows apart, and would keep one that is gone.

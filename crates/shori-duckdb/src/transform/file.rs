@@ -187,6 +187,7 @@ create table if not exists indexes (table_number integer, name text, number inte
 create table if not exists results (
     number integer primary key, projection text unique, definition text, checkpoint text
 );
+create table if not exists result_log (id integer primary key, number integer, rows blob);
 ";
 
 /// Keys that a commit has touched whose parts were written in its midst: how it found them.

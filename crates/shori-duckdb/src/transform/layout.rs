@@ -7,7 +7,7 @@
 //! | `captures` | number of each capture, its table and that table's shape |
 //! | `applied` | how far each capture has been applied |
 //! | `steps` | where each capture stood after each step, and whether its changes were kept |
-//! | `results` | per `sql` projection: its definition and the checkpoint that `result_<number>` belongs to |
+//! | `results` | per `sql` projection: its definition and the checkpoint that `result_<number>` belongs to, with what `result_log` adds |
 //! | `state_<table>` | current rows by key, with the capture and snapshot generation that they belong to |
 //! | `tomb_<table>` | last boundary of each deleted key, so that a later version never overlaps |
 //! | `index_<number>` | keys of `state_<table>` by what a column holds, for entities that are reached by it |

@@ -15,6 +15,7 @@ use shori_core::{Error, ErrorKind, Result, failpoint};
 use super::cells::{Cell, Cells, write_value};
 use super::compute::{Place, Working, target};
 use super::file::{self, StateFile, execute, failure, run, transaction};
+use super::held::{HeldResult, Way};
 use super::key::Key;
 use super::layout::Layout;
 use super::mirror::LIVE;
@@ -52,7 +53,7 @@ pub(super) struct Pending {
 
 impl Pending {
     /// Whether it takes what is kept as of `settled` further: a part does so only from where it began.
-    fn follows(&self, settled: Option<&Positions>) -> bool {
+    pub fn follows(&self, settled: Option<&Positions>) -> bool {
         matches!(self.change, Change::Whole) || self.since.as_ref() == settled
     }
 
@@ -77,11 +78,15 @@ pub(super) fn settled(connection: &Connection, projection: &str) -> Result<Optio
     stored.first().map(|text| decode(text)).transpose()
 }
 
-/// Where the rows of a kept result lie.
-fn table_of(connection: &Connection, projection: &str) -> Result<Option<String>> {
+/// By which the table of a kept result is named, and its part of the log.
+pub(super) fn number_of(connection: &Connection, projection: &str) -> Result<Option<i64>> {
     let sql = "select number from results where projection = ?";
-    let numbers = file::rows(connection, sql, &[&projection], |row| row.get::<_, i64>(0))?;
-    Ok(numbers.first().map(|number| format!("result_{number}")))
+    Ok(file::rows(connection, sql, &[&projection], |row| row.get(0))?.first().copied())
+}
+
+/// Where the rows of a kept result lie, or those of an earlier one to which the log adds.
+pub(super) fn table_of(connection: &Connection, projection: &str) -> Result<Option<String>> {
+    Ok(number_of(connection, projection)?.map(|number| format!("result_{number}")))
 }
 
 /// What settling works on.
@@ -98,14 +103,17 @@ impl Settling<'_> {
     pub fn settle(
         &self,
         shape: Option<&Shape>,
-        pending: Option<&Pending>,
+        pending: Option<&mut Pending>,
         checkpoint: Option<&Positions>,
         working: &mut Working,
     ) -> Result<()> {
         let (Derivation::Sql(sql), name) = (&self.projection.derivation, &*self.projection.name) else {
             return Ok(());
         };
-        let Some(checkpoint) = checkpoint else { return transaction(self.writer, || forget(self.writer, name)) };
+        let Some(checkpoint) = checkpoint else {
+            working.held.let_go(name);
+            return transaction(self.writer, || forget(self.writer, name));
+        };
         let settled = settled(self.writer, name)?;
         if let (Some(pending), Some(shape)) = (pending, shape)
             && pending.positions == *checkpoint
@@ -114,18 +122,12 @@ impl Settling<'_> {
             if !keeps_result(sql) && settled.is_some() {
                 return Ok(());
             }
-            return transaction(self.writer, || {
-                self.mark(checkpoint)?;
-                if keeps_result(sql) {
-                    self.take_over(shape, pending)?;
-                }
-                failpoint::reached(failpoint::TRANSFORM_INSIDE_SETTLE);
-                Ok(())
-            });
+            return self.take(sql, shape, pending, working);
         }
         if settled.as_ref() == Some(checkpoint) || (settled.is_some() && !keeps_result(sql)) {
             return Ok(());
         }
+        working.held.let_go(name);
         if !keeps_result(sql) {
             return transaction(self.writer, || self.mark(checkpoint));
         }
@@ -133,6 +135,41 @@ impl Settling<'_> {
             Some(shape) => self.make_again(sql, shape, checkpoint, working),
             None => transaction(self.writer, || forget(self.writer, name)),
         }
+    }
+
+    /// Takes the result to where an output took the target.
+    fn take(&self, sql: &SqlProjection, shape: &Shape, pending: &mut Pending, working: &mut Working) -> Result<()> {
+        let (name, held) = (&*self.projection.name, &mut working.held);
+        let rows = match &mut pending.change {
+            Change::Nothing => Some(&mut Vec::new()),
+            Change::Rows(rows) => Some(rows),
+            Change::Difference | Change::Whole => None,
+        };
+        if let (Some(result), Some(rows)) = (held.get(name), rows) {
+            let way = held.way(result, rows);
+            transaction(self.writer, || {
+                self.mark(&pending.positions)?;
+                result.write(self.writer, rows, way)?;
+                failpoint::reached(failpoint::TRANSFORM_INSIDE_SETTLE);
+                Ok(())
+            })?;
+            held.take(name, std::mem::take(rows), way);
+            return Ok(());
+        }
+        transaction(self.writer, || {
+            self.mark(&pending.positions)?;
+            // It changes there.
+            if let Some(result) = held.get(name).filter(|_| !matches!(pending.change, Change::Whole)) {
+                result.write(self.writer, &[], Way::IntoTable)?;
+            }
+            if keeps_result(sql) {
+                self.take_over(shape, pending)?;
+            }
+            failpoint::reached(failpoint::TRANSFORM_INSIDE_SETTLE);
+            Ok(())
+        })?;
+        held.let_go(name);
+        Ok(())
     }
 
     /// Computes the result from state, if that stands where the target does.
@@ -171,30 +208,24 @@ impl Settling<'_> {
     fn take_over(&self, shape: &Shape, pending: &Pending) -> Result<()> {
         let connection = self.writer;
         let Some(table) = table_of(connection, &self.projection.name)? else { return Ok(()) };
-        let mut delete = prepared(connection, &format!("delete from {table} where k = ?"))?;
-        let mut put = prepared(connection, &format!("insert or replace into {table} values (?, ?)"))?;
-        let mut keep = |key: &Key, row: Option<&[u8]>| {
-            match row {
-                Some(row) => put.execute(rusqlite::params![key, row]),
-                None => delete.execute([key]),
-            }
-            .map(|_| ())
-            .map_err(|cause| failure("update", cause))
-        };
+        let mut keeper = Keeper::new(connection, &table)?;
         match &pending.change {
             Change::Nothing => return Ok(()),
-            Change::Rows(rows) => return rows.iter().try_for_each(|(key, row)| keep(key, row.as_deref())),
-            Change::Whole => run(connection, &format!("delete from {table}"))?,
+            Change::Rows(rows) => return rows.iter().try_for_each(|(key, row)| keeper.keep(key, row.as_deref())),
+            Change::Whole => {
+                run(connection, &format!("delete from {table}"))?;
+                HeldResult::drop_log(connection, &self.projection.name)?;
+            }
             Change::Difference => {
                 let keys: Vec<usize> = (0..shape.key.len()).collect();
                 self.session.batches(&format!("from {}", pending.place.keys()), |batch| {
-                    each_row(&batch, &keys, &keys, |_, key, _| keep(&key, None))
+                    each_row(&batch, &keys, &keys, |_, key, _| keeper.keep(&key, None))
                 })?;
             }
         }
         let (key, all) = (shape.key_indexes(), (0..shape.fields.len()).collect::<Vec<_>>());
         self.session.batches(&format!("from {}", pending.place.rows()), |batch| {
-            each_row(&batch, &key, &all, |_, key, row| keep(&key, Some(row)))
+            each_row(&batch, &key, &all, |_, key, row| keeper.keep(&key, Some(row)))
         })
     }
 
@@ -216,6 +247,27 @@ impl Settling<'_> {
     }
 }
 
+/// Writes rows of a kept result.
+pub(super) struct Keeper<'c> {
+    put: CachedStatement<'c>,
+    delete: CachedStatement<'c>,
+}
+
+impl<'c> Keeper<'c> {
+    pub fn new(connection: &'c Connection, table: &str) -> Result<Self> {
+        let put = prepared(connection, &format!("insert or replace into {table} values (?, ?)"))?;
+        Ok(Self { put, delete: prepared(connection, &format!("delete from {table} where k = ?"))? })
+    }
+
+    pub fn keep(&mut self, key: &Key, row: Option<&[u8]>) -> Result<()> {
+        let kept = match row {
+            Some(row) => self.put.execute(rusqlite::params![key, row]),
+            None => self.delete.execute([key]),
+        };
+        kept.map(|_| ()).map_err(|cause| failure("update", cause))
+    }
+}
+
 fn prepared<'c>(connection: &'c Connection, sql: &str) -> Result<CachedStatement<'c>> {
     connection.prepare_cached(sql).map_err(|cause| failure("update", cause))
 }
@@ -223,6 +275,7 @@ fn prepared<'c>(connection: &'c Connection, sql: &str) -> Result<CachedStatement
 /// Lets go of a result; within a transaction.
 pub(super) fn forget(connection: &Connection, projection: &str) -> Result<()> {
     if let Some(table) = table_of(connection, projection)? {
+        HeldResult::drop_log(connection, projection)?;
         run(connection, &format!("drop table if exists {table}"))?;
         execute(connection, "delete from results where projection = ?", &[&projection])?;
     }
@@ -272,7 +325,7 @@ pub(super) fn load(
 ) -> Result<WorkTable> {
     let stood = work_table(shape);
     session.create(&stood)?;
-    let Some(mut kept) = Stood::open(view, projection)? else { return Ok(stood) };
+    let mut kept = Stood::open(view, projection)?;
     let mut wanted = Vec::new();
     let columns: Vec<usize> = (0..shape.key.len()).collect();
     session.batches(&format!("select {} from {keys} x", shape.keys("x")), |batch| {
@@ -291,21 +344,30 @@ pub(super) fn load(
 }
 
 /// What is kept of a result, found by key.
-pub(super) struct Stood<'c>(CachedStatement<'c>);
+pub(super) enum Stood<'c> {
+    Nothing,
+    Held(&'c HeldResult),
+    Stored(CachedStatement<'c>),
+}
 
 impl<'c> Stood<'c> {
-    /// None where nothing is kept.
-    pub fn open(connection: &'c Connection, projection: &str) -> Result<Option<Self>> {
-        let Some(table) = table_of(connection, projection)? else { return Ok(None) };
+    pub fn open(connection: &'c Connection, projection: &str) -> Result<Self> {
+        let Some(table) = table_of(connection, projection)? else { return Ok(Self::Nothing) };
         let get = connection.prepare_cached(&format!("select v from {table} where k = ?"));
-        get.map(|get| Some(Self(get))).map_err(|cause| failure("read", cause))
+        get.map(Self::Stored).map_err(|cause| failure("read", cause))
     }
 
     /// What `take` makes of the cells of the key's row; none where it has none.
     pub fn find<T>(&mut self, key: &Key, take: impl FnOnce(&[u8]) -> Result<T>) -> Result<Option<T>> {
         let reading = |cause| failure("read", cause);
-        let mut rows = self.0.query([key]).map_err(reading)?;
-        rows.next().map_err(reading)?.map(|row| take(blob(row, 0)?)).transpose()
+        match self {
+            Self::Nothing => Ok(None),
+            Self::Held(held) => held.find(key).map(take).transpose(),
+            Self::Stored(get) => {
+                let mut rows = get.query([key]).map_err(reading)?;
+                rows.next().map_err(reading)?.map(|row| take(blob(row, 0)?)).transpose()
+            }
+        }
     }
 }
 
@@ -326,7 +388,7 @@ pub(super) fn load_all(session: &Session, view: &Connection, projection: &str, s
 }
 
 /// A JSON list of source, instance, and lsn and seq in hexadecimal digits.
-fn encode(positions: &Positions) -> String {
+pub(super) fn encode(positions: &Positions) -> String {
     let digits = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let list: Vec<_> = positions
         .iter()
