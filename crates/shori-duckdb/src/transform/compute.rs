@@ -209,7 +209,9 @@ impl Computation<'_> {
                 let (before, after) = (schema_before(set), schema_after(set));
                 let adds_up = !shape.has_others;
                 let result = match measures {
-                    Measures::Additive { .. } if adds_up => working.held.load(self.connection, &self.projection.name)?,
+                    Measures::Additive { .. } if adds_up => {
+                        working.held.load(self.connection, &self.projection.name)?
+                    }
                     _ => None,
                 };
                 if (matches!(measures, Measures::PerEntity) || adds_up) && bytes <= difference::HELD_BYTES_MAX {

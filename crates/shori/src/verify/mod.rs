@@ -193,7 +193,7 @@ pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> 
             report.notes.push(format!("compared as of the source's change {}", report.as_of_change));
         }
         match compare(input, &scratch, &mut source, &mut asof, projection, &checkpoint, &mut report) {
-            Ok(()) => {}
+            Ok(()) => report.notes.extend(unseen(input, &report)),
             Err(error) if error.kind() == ErrorKind::Unavailable => report = report.not(State::Behind, error),
             Err(error) if error.kind() == ErrorKind::Projection => report = report.not(State::NotCompared, error),
             Err(error) => return Err(error),
@@ -201,6 +201,18 @@ pub fn verify(input: &VerifyInput, serving: &mut dyn Serving) -> Result<Report> 
         projections.push(report);
     }
     Ok(Report { projections })
+}
+
+/// What may explain a difference that a way of capture is bound to leave.
+fn unseen(input: &VerifyInput, report: &ProjectionReport) -> Option<String> {
+    let SourceInput::Postgres(place) = &input.source else { return None };
+    let ReadBy::Timestamps(_) = &place.read_by else { return None };
+    let differs = report.count(FindingKind::Extra) + report.count(FindingKind::Differing) > 0;
+    differs.then(|| {
+        "its source is captured by timestamp, which sees neither deletions nor updates that do not set the column: \
+         shori resnapshot TABLE repairs what they left"
+            .to_string()
+    })
 }
 
 /// Copies what is served of a projection, and begins its report.

@@ -139,6 +139,7 @@ fn killed_again_and_again_polls_lose_and_double_nothing() {
     shop.world.succeed(&["run", "--once"]);
     let done = shop.world.shori(&["verify"]);
     assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.out.contains("captured by timestamp, which sees neither deletions nor"), "{done:?}");
     shop.world.succeed(&["resnapshot", "orders"]);
     shop.assert_verified();
     let gone = "select count(*) from orders_history where order_id <= 1000 and is_current";
