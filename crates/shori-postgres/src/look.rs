@@ -33,6 +33,7 @@ pub struct Inspected {
 pub async fn inspect(config: &PostgresConfig) -> Result<Inspected> {
     let session = config.server.connect().await?;
     let client = &session.client;
+    setup::must_be_readable(client, config).await?;
     let found = catalog::tables(client, config, &mut Types::default()).await?;
     let id = |name: &str| CaptureId::new(&config.source_name, name);
     let names: Vec<String> = config.tables.iter().map(|table| table.name.clone()).collect();

@@ -24,34 +24,43 @@ pub(crate) struct Facts {
     pub wal_end: WalLocation,
 }
 
+fn refuse(config: &PostgresConfig, cause: String, remedy: &str) -> Result<()> {
+    Err(Error::new(ErrorKind::Usage, "capture", config.server.name(), cause).with_remedy(remedy))
+}
+
+/// Refuses a server that nothing can be read from. To be asked before its catalog is: older ones lack columns of that, and
+/// say no more than that.
+pub(crate) async fn must_be_readable(client: &Client, config: &PostgresConfig) -> Result<()> {
+    let query = "select pg_catalog.current_setting('server_version_num')::int4, pg_catalog.pg_is_in_recovery()";
+    let row = client.query_one(query, &[]).await.map_err(config.server.fail("look at"))?;
+    let (version, standby): (i32, bool) = (row.get(0), row.get(1));
+    if version < VERSION_MIN {
+        return refuse(config, format!("its version is {}", version / 10_000), "use PostgreSQL 14 or newer");
+    }
+    if standby {
+        return refuse(config, "it is a standby".into(), "name its primary server");
+    }
+    Ok(())
+}
+
 impl Facts {
     pub async fn read(client: &Client, config: &PostgresConfig) -> Result<Self> {
+        must_be_readable(client, config).await?;
         let fail = config.server.fail("look at");
         let query = "
             select
-                pg_catalog.current_setting('server_version_num')::int4,
-                pg_catalog.pg_is_in_recovery(),
                 pg_catalog.current_setting('wal_level'),
                 (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())";
         let row = client.query_one(query, &[]).await.map_err(&fail)?;
-        let (version, standby, wal_level): (i32, bool, String) = (row.get(0), row.get(1), row.get(2));
-        let refuse = |cause: String, remedy: &str| {
-            Err(Error::new(ErrorKind::Usage, "capture", config.server.name(), cause).with_remedy(remedy))
-        };
-        if version < VERSION_MIN {
-            return refuse(format!("its version is {}", version / 10_000), "use PostgreSQL 14 or newer");
-        }
-        if standby {
-            return refuse("it is a standby".into(), "name its primary server");
-        }
+        let wal_level: String = row.get(0);
         if wal_level != "logical" && config.polls.is_none() {
             let remedy = "run: alter system set wal_level = logical; and restart the server";
-            return refuse(format!("its wal_level is {wal_level}"), remedy);
+            refuse(config, format!("its wal_level is {wal_level}"), remedy)?;
         }
         let query = "
             select system_identifier::text, pg_catalog.pg_current_wal_lsn() from pg_catalog.pg_control_system()";
         let control = client.query_one(query, &[]).await.map_err(&fail)?;
-        let (system, database): (String, u32) = (control.get(0), row.get(3));
+        let (system, database): (String, u32) = (control.get(0), row.get(1));
         // Positions of the two kinds of capture do not compare: a log holds one of them.
         let kind = if config.polls.is_some() { " by timestamp" } else { "" };
         Ok(Self {

@@ -17,6 +17,7 @@ mod polls_tables;
 mod random;
 mod reading;
 mod recorded;
+mod refused_servers;
 mod replay;
 mod schema_changes;
 mod server;

@@ -104,6 +104,18 @@ impl Server {
         Server::first_start(new_cluster(), settings)
     }
 
+    /// A hot standby of this server, which is stopped for it and started again: a copy of what a stopped server left needs
+    /// no backup program, which not every folder of PostgreSQL's programs has. It follows when it returns.
+    pub fn start_standby(&self) -> Server {
+        self.stop();
+        let watchdog = Watchdog::new();
+        let primary = self.watchdog.folder.display();
+        watchdog.run(&format!("cp -a '{primary}/data' \"$folder/data\" && $as touch \"$folder/data/standby.signal\""));
+        self.start_again();
+        let primary = format!("host=127.0.0.1 port={} user=postgres", self.port);
+        Server::first_start(watchdog, &[("hot_standby", "on"), ("primary_conninfo", &primary)])
+    }
+
     fn first_start(watchdog: Watchdog, settings: &[(&str, &str)]) -> Server {
         let file = watchdog.folder.join("data/postgresql.conf");
         let mut configuration = fs::read_to_string(&file).unwrap() + CONFIGURATION;
