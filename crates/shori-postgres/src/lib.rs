@@ -73,9 +73,14 @@ pub struct PostgresConfig {
     pub manage: bool,
     /// Most rows that one snapshot chunk holds.
     pub snapshot_chunk_rows: usize,
+    /// How long a statement may take that may read a table whole; after as long without an answer, the server is given up.
+    pub read_timeout: Duration,
     /// If given, tables are polled by a timestamp column: publication and slot are not used.
     pub polls: Option<Polls>,
 }
+
+/// [`PostgresConfig::read_timeout`] where nobody says otherwise: a table that no index helps to look through may be large.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How tables are polled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -46,6 +46,7 @@ use tokio_postgres::Client;
 use crate::catalog::Types;
 use crate::connect::{Session, sql_error};
 use crate::setup::Facts;
+use crate::source::{answered, read_whole};
 use crate::visibility::Visibility;
 use crate::{Polls, PostgresConfig, positions, snapshot};
 use begin::Activity;
@@ -123,13 +124,15 @@ impl Source for PollSource {
 
     async fn start(&mut self, resume: &BTreeMap<CaptureId, Resume>) -> Result<Started> {
         self.open = None;
-        let session = self.config.server.connect().await?;
-        let facts = Facts::read(&session.client, &self.config).await?;
+        let config = self.config.clone();
+        let session = config.server.connect().await?;
+        let facts = answered(&config, Facts::read(&session.client, &config)).await?;
         let mut types = Types::default();
-        let Ready { tables, failed, watermark, furthest } =
-            start::tables(&session.client, &self.config, resume, &mut types).await?;
+        let ready = start::tables(&session.client, &config, resume, &mut types);
+        let Ready { tables, failed, watermark, furthest } = read_whole(&config, ready).await?;
         if !std::mem::replace(&mut self.has_warned, true) {
-            notes(&session.client, &self.config).await?.iter().for_each(|note| tracing::warn!("{note}"));
+            let notes = answered(&config, notes(&session.client, &config)).await?;
+            notes.iter().for_each(|note| tracing::warn!("{note}"));
         }
         let captures = tables.iter().map(Polled::info).collect();
         self.open = Some(Open {
@@ -181,8 +184,8 @@ impl Source for PollSource {
 
     /// Only a poll that begins from now on is sure to show all that is committed by now.
     async fn head(&mut self) -> Result<Head> {
-        let open = self.opened()?;
-        let clock = begin::clock(&open.session.client).await?;
+        let (config, open) = (self.config.clone(), self.opened()?);
+        let clock = answered(&config, begin::clock(&open.session.client)).await?;
         let time = clock.max(open.last().saturating_add(1));
         Ok(Head {
             boundary: positions::of_boundary(end_of(time))?,
@@ -235,17 +238,17 @@ impl Open {
         while room.rows > 0 && room.bytes > 0 {
             if poll.table == self.tables.len() {
                 self.due = poll.begun + polls.every;
-                self.end(poll, &mut batch).await?;
+                answered(config, self.end(poll, &mut batch)).await?;
                 return Ok(batch);
             }
-            self.read(config, polls, &mut poll, &mut room, &mut batch).await?;
+            read_whole(config, self.read(config, polls, &mut poll, &mut room, &mut batch)).await?;
         }
         // What has come of the poll may be in the log from here on, and the poll may not come to its end.
         for index in 0..self.tables.len() {
             let polled = &mut self.tables[index];
             if std::mem::take(&mut polled.is_touched) && !polled.capture.failed {
                 if let Some(passed) = &mut polled.bookmark.passed {
-                    passed.file = changed::file_of(&self.session.client, passed.relation).await?;
+                    passed.file = answered(config, changed::file_of(&self.session.client, passed.relation)).await?;
                 }
                 let capture = &mut polled.capture;
                 capture.progress.resume = polled.bookmark.encode();
@@ -264,22 +267,23 @@ impl Open {
     async fn begin(&mut self, config: &PostgresConfig, batch: &mut SourceBatch) -> Result<Poll> {
         let begun = Instant::now();
         let client = &self.session.client;
-        let activity = begin::activity(client).await?;
+        let activity = answered(config, begin::activity(client)).await?;
         let time = activity.time.max(self.last().saturating_add(1));
-        begin::transaction(client, config).await?;
+        answered(config, begin::transaction(client, config)).await?;
         for index in 0..self.tables.len() {
             if self.tables[index].capture.failed {
                 continue;
             }
-            let locked = begin::lock(&self.session.client, config, &self.tables[index].capture.table.name).await;
+            let table = &self.tables[index].capture.table.name;
+            let locked = answered(config, begin::lock(&self.session.client, config, table)).await;
             self.allow(index, locked, batch)?;
         }
-        let (visibility, given) = begin::visibility(&self.session.client).await?;
+        let (visibility, given) = answered(config, begin::visibility(&self.session.client)).await?;
         for index in 0..self.tables.len() {
             let polled = &mut self.tables[index];
             if !polled.capture.failed {
-                let followed = polled.follow(&self.session.client, config, &mut self.types, batch).await;
-                match followed {
+                let followed = polled.follow(&self.session.client, config, &mut self.types, batch);
+                match answered(config, followed).await {
                     // What the server refuses ends the transaction.
                     Err(error) if !matches!(error.kind(), ErrorKind::Schema | ErrorKind::Gap) => return Err(error),
                     followed => self.allow(index, followed, batch)?,

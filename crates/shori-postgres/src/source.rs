@@ -419,7 +419,21 @@ fn is_of_table(error: &Error) -> bool {
 
 /// The outcome of statements that each end within the server's own limit, or that the server keeps silent.
 pub(crate) async fn answered<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
-    let at_most = config.server.statement_timeout + ANSWER_GRACE;
+    answered_within(config, config.server.statement_timeout, statements).await
+}
+
+/// The same of statements that may read a table whole. Where the server has stopped in the middle of one, nothing tells
+/// that from a large table, and its system confirms whatever is sent: only time does.
+pub(crate) async fn read_whole<T>(config: &PostgresConfig, statements: impl Future<Output = Result<T>>) -> Result<T> {
+    answered_within(config, config.read_timeout, statements).await
+}
+
+async fn answered_within<T>(
+    config: &PostgresConfig,
+    limit: Duration,
+    statements: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let at_most = limit + ANSWER_GRACE;
     tokio::time::timeout(at_most, statements).await.unwrap_or_else(|_| {
         let cause = format!("it has not answered for {} s", at_most.as_secs());
         Err(Error::new(ErrorKind::Unavailable, "ask", config.server.name(), cause))

@@ -8,7 +8,7 @@ use shori_core::secret::Secret;
 use shori_core::source::{CaptureInfo, Source};
 use shori_core::{Error, ErrorKind, Result};
 use shori_files::{FilesConfig, FilesSource};
-use shori_postgres::{PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, Server, Tls};
+use shori_postgres::{PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, READ_TIMEOUT, Server, Tls};
 use shori_sqlite::{SqliteConfig, SqliteSource, SqliteTable};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ const POSTGRES_CHUNK_ROWS: usize = 122_880;
 /// A source as it is configured.
 pub enum System {
     Sqlite(SqliteConfig),
-    Postgres(PostgresConfig),
+    Postgres(Box<PostgresConfig>),
     Files(FilesConfig),
 }
 
@@ -59,7 +59,7 @@ impl System {
     pub fn of(loaded: &Loaded, source: &SourceConfig) -> Result<Self> {
         Ok(match source.kind {
             SourceKind::Sqlite => Self::Sqlite(sqlite_config(loaded, source)),
-            SourceKind::Postgres => Self::Postgres(postgres_config(loaded, source)?),
+            SourceKind::Postgres => Self::Postgres(Box::new(postgres_config(loaded, source)?)),
             SourceKind::Files => Self::Files(FilesConfig {
                 path: loaded.resolve(source.file()),
                 source_name: source.name.clone(),
@@ -71,8 +71,8 @@ impl System {
     pub fn source(self) -> Box<dyn Source> {
         match self {
             Self::Sqlite(config) => Box::new(SqliteSource::new(config)),
-            Self::Postgres(config) if config.polls.is_some() => Box::new(PollSource::new(config)),
-            Self::Postgres(config) => Box::new(PostgresSource::new(config)),
+            Self::Postgres(config) if config.polls.is_some() => Box::new(PollSource::new(*config)),
+            Self::Postgres(config) => Box::new(PostgresSource::new(*config)),
             Self::Files(config) => Box::new(FilesSource::new(config)),
         }
     }
@@ -224,6 +224,7 @@ fn postgres_config(loaded: &Loaded, source: &SourceConfig) -> Result<PostgresCon
         slot: source.slot.clone().unwrap_or_else(own_name),
         manage: source.manage.unwrap_or(true),
         snapshot_chunk_rows: source.snapshot_chunk_rows.unwrap_or(POSTGRES_CHUNK_ROWS),
+        read_timeout: READ_TIMEOUT,
         polls: (source.capture() == CaptureKind::Timestamp)
             .then(|| Polls { every: source.poll_interval(), overlap: source.overlap() }),
     })

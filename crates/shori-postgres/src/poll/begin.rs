@@ -52,9 +52,10 @@ pub(super) async fn clock(client: &Client) -> Result<Micros> {
 pub(super) async fn transaction(client: &Client, config: &PostgresConfig) -> Result<()> {
     let statements = format!(
         "begin isolation level repeatable read read only;
-        set local statement_timeout = 0;
+        set local statement_timeout = {};
         set local idle_in_transaction_session_timeout = 0;
         set local lock_timeout = {}",
+        config.read_timeout.as_millis(),
         config.server.statement_timeout.as_millis()
     );
     client.batch_execute(&statements).await.map_err(|cause| sql_error("begin", "a poll", cause))

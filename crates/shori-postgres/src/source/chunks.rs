@@ -8,7 +8,7 @@ use shori_core::{Error, ErrorKind, Result};
 use tokio::time::Instant;
 use tokio_postgres::Transaction;
 
-use super::{Open, answered, is_of_table};
+use super::{Open, answered, is_of_table, read_whole};
 use crate::connect::sql_error;
 use crate::message::{Message, Value};
 use crate::snapshot::{self, Bookmark, Sight};
@@ -97,7 +97,7 @@ impl Open {
         let transaction = answered(config, snapshot::begin(&mut self.session.client)).await?;
         let sight = answered(config, Sight::of(&transaction)).await?;
         let unseen = self.cursor.unsettled.iter().any(|xid| !sight.visibility.shows(*xid));
-        if unseen || !is_settled(&transaction, &sight, &mut self.open_at_start).await? {
+        if unseen || !answered(config, is_settled(&transaction, &sight, &mut self.open_at_start)).await? {
             drop(transaction);
             if !std::mem::replace(&mut self.told_of_waiting, true) {
                 tracing::info!(slot = config.slot, "the snapshot waits for transactions that are open in the server");
@@ -115,10 +115,13 @@ impl Open {
             filter: self.published.get(&capture.table.name).and_then(|published| published.filter.as_deref()),
         };
         let limit = BatchLimit { rows: limit.rows.min(config.snapshot_chunk_rows.max(1)), ..limit };
-        let local = "set local statement_timeout = 0";
-        transaction.batch_execute(local).await.map_err(|cause| sql_error("begin", "a snapshot", cause))?;
+        let local = format!("set local statement_timeout = {}", config.read_timeout.as_millis());
+        let begun =
+            async { transaction.batch_execute(&local).await.map_err(|cause| sql_error("begin", "a snapshot", cause)) };
+        answered(config, begun).await?;
         let bookmark = Bookmark::decode(&capture.progress.resume)?;
-        let chunk = match snapshot::read_chunk(transaction.client(), capture, &place, bookmark, limit).await {
+        let read = snapshot::read_chunk(transaction.client(), capture, &place, bookmark, limit);
+        let chunk = match read_whole(config, read).await {
             Ok(chunk) => chunk,
             // One bad table stops itself only (contract 11).
             Err(error) if is_of_table(&error) => {
@@ -129,8 +132,9 @@ impl Open {
             Err(error) => return Err(error),
         };
         // A truncation is no matter of snapshots: one that came before the copy is seen by it.
-        let read_by = Sight::of(&transaction).await?.wal_end;
-        transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause))?;
+        let read_by = answered(config, Sight::of(&transaction)).await?.wal_end;
+        let ended = async { transaction.commit().await.map_err(|cause| sql_error("end", "a snapshot", cause)) };
+        answered(config, ended).await?;
         let progress = chunk.progress(&capture.progress, before, &place)?;
         let is_closing = progress.is_done();
         let place = place.chunk;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use shori_core::ErrorKind;
+use shori_core::change::Op;
 use shori_core::secret::Secret;
 use shori_core::source::{BatchLimit, Source};
 use shori_postgres::inspect;
@@ -99,6 +100,42 @@ async fn a_peer_that_keeps_silent_is_given_up() {
         reader.assert_equal("items").await;
     };
     futures::join!(silent("walsender"), silent("client backend"));
+}
+
+/// The same where a statement may read a table whole. A lock holds it up until its process stands still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_keeps_silent_in_the_middle_of_a_chunk_is_given_up() {
+    let server = Server::start(&[]);
+    let mut reader = on(&server).await;
+    reader.config.server.statement_timeout = Duration::from_secs(5);
+    reader.config.read_timeout = Duration::from_secs(5);
+    reader.start().await;
+    let other = server.connect(&reader.config.server.database).await;
+    other.batch_execute("begin; lock table items in access exclusive mode").await.unwrap();
+    let freezing = async {
+        let waits = "select pid from pg_stat_activity where application_name = 'shori' and wait_event_type = 'Lock'";
+        let pid: i32 = loop {
+            if let Some(row) = other.query_opt(waits, &[]).await.unwrap() {
+                break row.get(0);
+            }
+        };
+        server.freeze(pid);
+        other.batch_execute("insert into items values (2, 'b'); commit").await.unwrap();
+        pid
+    };
+    let begun = Instant::now();
+    let reading = tokio::time::timeout(Duration::from_secs(40), reader.read_until_error());
+    let (told, pid) = futures::join!(reading, freezing);
+    server.thaw(pid);
+    let error = told.expect("silence in a chunk is noticed");
+    println!("after {:?}: {error}", begun.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    assert!(error.to_string().contains("it has not answered for 10 s"), "{error}");
+    reader.start_again().await.unwrap();
+    reader.read().await;
+    reader.assert_equal("items").await;
+    let count = |op: Op| reader.ops("items").into_iter().filter(|is| *is == op).count();
+    assert_eq!((count(Op::Snapshot), count(Op::Insert)), (2, 1), "each row once, and each change");
 }
 
 async fn drop_slot(reader: &mut Reader) {

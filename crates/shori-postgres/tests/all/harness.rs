@@ -11,7 +11,9 @@ use shori_core::source::{BatchLimit, Resume, SnapshotProgress, SnapshotState, So
 use shori_core::testing::memory_log::{LogRow, log_rows};
 use shori_core::testing::value::{Row, Value};
 use shori_core::{Error, Result};
-use shori_postgres::{PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, Server as Address, Tls};
+use shori_postgres::{
+    PollSource, Polls, PostgresConfig, PostgresSource, PostgresTable, READ_TIMEOUT, Server as Address, Tls,
+};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
 use crate::replay::Replay;
@@ -47,6 +49,7 @@ pub fn config(server: &Server, database: &str, tables: &[&str]) -> PostgresConfi
         slot: format!("shori_{database}"),
         manage: true,
         snapshot_chunk_rows: 1000,
+        read_timeout: READ_TIMEOUT,
         polls: None,
     }
 }

@@ -13,6 +13,7 @@ mod harness;
 mod messages;
 mod polls;
 mod polls_late;
+mod polls_silent;
 mod polls_tables;
 mod random;
 mod reading;
