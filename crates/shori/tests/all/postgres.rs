@@ -493,3 +493,19 @@ fn what_is_wrong_with_a_server_is_told_with_its_remedy() {
         assert_eq!(done.status, Some(status), "{to}: {done:?}");
     }
 }
+
+#[test]
+fn a_standby_is_refused_in_one_line_by_every_verb_that_looks_at_it() {
+    let primary = Server::start(&[]);
+    let shop = Shop::over(&primary);
+    let standby = primary.start_standby();
+    let configuration = std::fs::read_to_string(shop.world.path("shori.toml")).unwrap();
+    let port = |server: &Server| format!("port = {}", server.port());
+    shop.world.put("shori.toml", &configuration.replace(&port(&primary), &port(&standby)));
+    for verb in [&["check"][..], &["init"], &["run"]] {
+        let at = format!("{} at 127.0.0.1:{}", shop.database, standby.port());
+        shop.world.shori(verb).tells(2, &["cannot capture", &at, "it is a standby; name its primary server"]);
+    }
+    shop.world.put("shori.toml", &configuration);
+    shop.assert_verified();
+}
