@@ -154,7 +154,11 @@ pub fn folder_error(operation: &str, folder: &Path, cause: std::io::Error) -> Er
         std::io::ErrorKind::NotFound => ErrorKind::Unavailable,
         _ => ErrorKind::Refused,
     };
-    Error::new(kind, operation, format!("change log {}", folder.display()), cause)
+    let error = Error::new(kind, operation, format!("change log {}", folder.display()), cause);
+    match kind {
+        ErrorKind::DiskFull => error.with_remedy("free some space and start again: nothing is lost"),
+        _ => error,
+    }
 }
 
 #[cfg(test)]

@@ -152,15 +152,25 @@ pub struct RangeWriter<'a> {
 
 struct OpenFile {
     file: BufWriter<File>,
-    path: PathBuf,
+    path: Unfinished,
     schema: Arc<TableSchema>,
     changes: u64,
     bytes: u64,
 }
 
 struct Unpublished {
-    path: PathBuf,
+    path: Unfinished,
     name: FileName,
+}
+
+/// A file that is taken away again unless it is renamed: what cannot be finished, as on a full disk, is not to fill it.
+struct Unfinished(PathBuf);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Renamed, as a rule. What is left all the same, the next writer clears.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl<'a> RangeWriter<'a> {
@@ -203,14 +213,14 @@ impl<'a> RangeWriter<'a> {
         }
         self.close(boundary.boundary, Some(boundary.boundary_time))?;
         let has_news = self.has_news || self.changes > 0 || self.table.is_new;
-        Ok(Range { table: self.table, files: self.files, changes: self.changes, has_news })
+        Ok(Range { table: self.table, files: std::mem::take(&mut self.files), changes: self.changes, has_news })
     }
 
     fn begin_file(&self, schema: &Arc<TableSchema>) -> Result<OpenFile> {
         let table = self.table;
         let name = FileName { after: self.begin, up_to: self.begin, is_whole: false };
         let path = table.folder.join(names::unfinished(&name));
-        let file = File::create(&path).map_err(|cause| folder_error("write", &path, cause))?;
+        let file = File::create(&path).map_err(|cause| folder_error("write", &table.folder, cause))?;
         let header = Header {
             format: FORMAT.into(),
             version: VERSION,
@@ -223,6 +233,7 @@ impl<'a> RangeWriter<'a> {
         };
         let mut line = Vec::new();
         lines::write_header(&mut line, &header, schema)?;
+        let path = Unfinished(path);
         let mut open = OpenFile { file: BufWriter::new(file), path, schema: schema.clone(), changes: 0, bytes: 0 };
         open.write(&line)?;
         Ok(open)
@@ -234,7 +245,7 @@ impl<'a> RangeWriter<'a> {
         let mut line = Vec::new();
         lines::write_end(&mut line, &up_to, boundary_time, open.changes)?;
         open.write(&line)?;
-        let fail = |cause| folder_error("write", &open.path, cause);
+        let fail = |cause| folder_error("write", &self.table.folder, cause);
         let file = open.file.into_inner().map_err(|cause| fail(cause.into_error()))?;
         file.sync_all().map_err(fail)?;
         let name = FileName { after: self.begin, up_to, is_whole: boundary_time.is_some() };
@@ -247,7 +258,8 @@ impl<'a> RangeWriter<'a> {
 impl OpenFile {
     fn write(&mut self, line: &[u8]) -> Result<()> {
         self.bytes += line.len() as u64;
-        self.file.write_all(line).map_err(|cause| folder_error("write", &self.path, cause))
+        let folder = self.path.0.parent().unwrap_or(&self.path.0);
+        self.file.write_all(line).map_err(|cause| folder_error("write", folder, cause))
     }
 }
 
@@ -267,7 +279,7 @@ impl Range<'_> {
 
     /// Takes the files away again.
     pub fn discard(self) -> Result<()> {
-        self.files.iter().try_for_each(|file| remove(&file.path))
+        self.files.iter().try_for_each(|file| remove(&file.path.0))
     }
 
     /// Makes the files visible; returns the number of changes.
@@ -276,7 +288,7 @@ impl Range<'_> {
         failpoint::reached(failpoint::EXPORT_BEFORE_PUBLISH);
         for file in &self.files {
             let path = folder.join(file.name.to_string());
-            std::fs::rename(&file.path, &path).map_err(|cause| folder_error("write", &path, cause))?;
+            std::fs::rename(&file.path.0, &path).map_err(|cause| folder_error("write", &path, cause))?;
             sync_folder(folder)?;
             failpoint::reached(failpoint::EXPORT_AFTER_FILE);
         }

@@ -1,6 +1,7 @@
 //! Change logs, end to end: the log of one pipeline as files, from which another makes the same results.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
@@ -9,6 +10,7 @@ use tokio::runtime::Runtime;
 
 use crate::harness::{Rows, Running, World};
 use crate::server::Server;
+use crate::small_disk::SmallDisk;
 
 const PROJECTIONS: &str = "
 [[projection]]
@@ -208,6 +210,55 @@ fn killed_again_and_again_an_export_and_a_replay_lose_and_double_nothing() {
     replay.succeed(&["run", "--once"]);
     assert_same(&origin, &replay);
     running.stop();
+}
+
+/// Finished files of a folder of change logs, each with what it holds.
+fn finished(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let is_finished = |path: &PathBuf| !path.file_name().unwrap().to_string_lossy().starts_with('.');
+    let files = walk(folder).into_iter().filter(is_finished);
+    files.map(|path| (path.strip_prefix(folder).unwrap().to_path_buf(), std::fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn a_full_disk_under_an_export_is_told_and_once_there_is_room_the_files_are_as_if_it_had_never_been() {
+    let origin = origin();
+    let (small, roomy) = (origin.path("small"), origin.path("roomy"));
+    std::fs::create_dir(&small).unwrap();
+    let Some(disk) = SmallDisk::mount(&small, 2) else { return };
+    let export =
+        |folder: &Path| origin.shori(&["export", "--file-changes", "500", "--to", &folder.display().to_string()]);
+    let exported = |folder: &Path| assert_eq!(export(folder).status, Some(0));
+    origin.succeed(&["run", "--once"]);
+    [&small, &roomy].into_iter().for_each(|folder| exported(folder));
+    let replay = replay(&small);
+    replay.succeed(&["run", "--once"]);
+    assert_same(&origin, &replay);
+    let (before, shown) = (finished(&small), results(&replay));
+    // More than fits, of the table whose files are written last, in files of which the first ones do.
+    origin.write(
+        "with recursive numbers(n) as (select 10 union all select n + 1 from numbers where n < 4000)
+        insert into orders select n, 1 + n % 3, n || '.25', hex(randomblob(500)) from numbers;
+        update customers set segment = 'later';
+        delete from orders where id = 2;",
+    );
+    origin.succeed(&["run", "--once"]);
+    for _ in 0..2 {
+        let done = export(&small);
+        println!("{}", done.err);
+        done.tells(1, &["cannot write change log", &small.display().to_string(), "No space left", "free some space"]);
+        assert!(done.out.is_empty(), "nothing is told to be written: {done:?}");
+        assert_eq!(finished(&small), before, "nothing of it is shown");
+        assert_eq!(walk(&small).len(), before.len(), "what cannot be finished does not fill the disk");
+        replay.succeed(&["run", "--once"]);
+        assert_eq!(results(&replay), shown, "who reads it has what was there before");
+    }
+    disk.resize(100);
+    [&small, &roomy].into_iter().for_each(|folder| exported(folder));
+    let undisturbed = finished(&roomy);
+    assert!(undisturbed.len() > before.len() + 5, "{:?}", undisturbed.keys());
+    assert!(finished(&small) == undisturbed, "{:?} for {:?}", finished(&small).keys(), undisturbed.keys());
+    replay.succeed(&["run", "--once"]);
+    assert_same(&origin, &replay);
 }
 
 fn kill_at_any_moment(running: Running, rng: &mut ChaCha8Rng) {

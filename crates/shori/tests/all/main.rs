@@ -24,6 +24,7 @@ mod projections;
 #[allow(dead_code, reason = "the crate whose file it is uses all of it")]
 mod server;
 mod small;
+mod small_disk;
 mod spec4;
 mod spec4_log;
 mod verify;

@@ -1,10 +1,8 @@
 //! Files that are missing, locked, damaged, replaced, restored or out of space.
 
-use std::path::Path;
-use std::process::Command;
-
 use crate::harness::{Running, World, until};
 use crate::small::{CONFIGURATION, FILES, SOURCE, names, small};
+use crate::small_disk::SmallDisk;
 
 /// Leaves no write-ahead log beside the source, so that the file can be copied.
 fn settle(world: &World) {
@@ -236,27 +234,6 @@ fn spec4_05_a_log_restored_from_an_older_copy_is_a_named_gap() {
     world.verify();
 }
 
-struct Mounted<'a>(&'a Path);
-
-impl<'a> Mounted<'a> {
-    fn with_mib(path: &'a Path, mib: u32) -> Option<Self> {
-        let mut mount = Command::new("mount");
-        let mounted = mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(path).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(Self(path))
-    }
-
-    fn resize(&self, mib: u32) {
-        let mut mount = Command::new("mount");
-        assert!(mount.args(["-o", &format!("remount,size={mib}m")]).arg(self.0).status().unwrap().success());
-    }
-}
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
 /// Rows that do not compress.
 const FILL: &str = "
 with recursive numbers(n) as (select 1 union all select n + 1 from numbers where n < 2000)
@@ -267,10 +244,7 @@ fn fills_up(folder: &str, configuration: &str, mib: u32) {
     let world = World::configured(configuration, &FILES, SOURCE);
     let path = world.path(folder);
     std::fs::create_dir(&path).unwrap();
-    let Some(mounted) = Mounted::with_mib(&path, mib) else {
-        println!("skipped: this process may not mount a small file system");
-        return;
-    };
+    let Some(disk) = SmallDisk::mount(&path, mib) else { return };
     let mut running = world.start(&["run"]);
     for _ in 0..12 {
         if running.has_ended() {
@@ -284,13 +258,13 @@ fn fills_up(folder: &str, configuration: &str, mib: u32) {
     let again = world.shori(&["run", "--once"]);
     println!("{}", again.err);
     assert_eq!(again.status, Some(1), "still full: {again:?}");
-    mounted.resize(1000);
+    disk.resize(1000);
     world.succeed(&["run", "--once"]);
     let things: i64 = world.source().query_row("select count(*) from things", [], |row| row.get(0)).unwrap();
     let served = world.command(&["query", "--json", "select count(*) as n from things_latest"]);
     assert_eq!(crate::harness::run(served).json()["n"].as_i64(), Some(things));
     world.verify();
-    drop(mounted);
+    drop(disk);
 }
 
 #[test]
