@@ -26,7 +26,7 @@ pub enum ErrorKind {
     Data,
     /// A projection's SQL fails to parse, bind or run.
     Projection,
-    /// No space left, or a quota.
+    /// No space left on this machine, or a quota. A server that has none is `Unavailable`.
     DiskFull,
     /// A file is damaged or not what it should be.
     Corrupt,

@@ -179,7 +179,9 @@ impl Link {
 pub(super) fn failed(operation: &str, object: &str, cause: tokio_postgres::Error) -> Error {
     let code = cause.code().map(|code| code.code().to_string()).unwrap_or_default();
     let (kind, remedy) = match code.as_str() {
-        "53100" => (ErrorKind::DiskFull, Some("free space where the server keeps its data")),
+        // Whoever keeps the server makes room, and need not know of Shori: it is waited for, whether the server goes on or
+        // has ended for want of space for its own log.
+        "53100" => (ErrorKind::Unavailable, Some("free space where the server keeps its data")),
         // A key that comes twice in one output, or that stands already where it must not.
         "21000" | "23505" => (ErrorKind::Internal, None),
         "2BP01" => (ErrorKind::Schema, Some("drop what depends on it, and create it again when the pipeline runs")),

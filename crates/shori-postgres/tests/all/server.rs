@@ -10,7 +10,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex, OnceLock};
@@ -201,6 +201,20 @@ impl Server {
 
     pub fn thaw(&self, pid: i32) {
         signal("CONT", &[pid]);
+    }
+
+    /// Stops the server and has its write-ahead log kept in `folder`; `start_again` follows.
+    #[allow(dead_code, reason = "for tests of the program, which have this file, too")]
+    pub fn move_log(&self, folder: &Path) {
+        self.stop();
+        let (log, to) = ("\"$folder/data/pg_wal\"", folder.display());
+        self.watchdog.run(&format!("mv {log}/* '{to}' && rmdir {log} && ln -s '{to}' {log}"));
+    }
+
+    /// All that the server has told.
+    #[allow(dead_code, reason = "for tests of the program, which have this file, too")]
+    pub fn told(&self) -> String {
+        fs::read_to_string(self.watchdog.folder.join("log")).unwrap_or_default()
     }
 
     /// Stops the server and copies its data, to go back to; lives no longer than the server does.

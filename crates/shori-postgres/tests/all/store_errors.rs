@@ -25,7 +25,7 @@ async fn prepared() -> Stored {
 #[tokio::test(flavor = "multi_thread")]
 async fn errors_of_the_server_have_the_kind_that_says_what_to_do() {
     for (code, kind, response) in [
-        ("53100", ErrorKind::DiskFull, Response::StopPipeline),
+        ("53100", ErrorKind::Unavailable, Response::Retry),
         ("53200", ErrorKind::Unavailable, Response::Retry),
         ("40P01", ErrorKind::Unavailable, Response::Retry),
         ("57P01", ErrorKind::Unavailable, Response::Retry),

@@ -8,6 +8,7 @@ mod crates;
 mod demo;
 mod failpoints;
 mod flow;
+mod full_server;
 mod harness;
 mod histories;
 mod mistakes;
