@@ -19,7 +19,9 @@ use crate::database::locked;
 /// "Shri" in the file's header.
 const APPLICATION_ID: i32 = 0x5368_7269;
 /// Not permanent: a file of another layout is moved aside, and comes back from the log.
-const LAYOUT_VERSION: i32 = 1;
+const LAYOUT_VERSION: i32 = 2;
+/// The version before had no log of results: a program of that version would not read what is logged.
+const LAYOUT_BEFORE: i32 = 1;
 
 /// Pages that a connection keeps, in KiB: the one that writes, and those that read.
 const WRITER_CACHE_KIB: i64 = 32 * 1024;
@@ -120,11 +122,13 @@ fn connect_to_write(path: &Path) -> Result<Connection> {
         let application: i32 = connection.query_row("pragma application_id", [], |row| row.get(0))?;
         let version: i32 = connection.query_row("pragma user_version", [], |row| row.get(0))?;
         let tables: i64 = connection.query_row("select count(*) from sqlite_master", [], |row| row.get(0))?;
-        if (application, version) != (APPLICATION_ID, LAYOUT_VERSION) {
+        if application != APPLICATION_ID || ![LAYOUT_BEFORE, LAYOUT_VERSION].contains(&version) {
             if tables > 0 || application != 0 {
                 return Ok(false);
             }
             connection.pragma_update(None, "application_id", APPLICATION_ID)?;
+        }
+        if version != LAYOUT_VERSION {
             connection.pragma_update(None, "user_version", LAYOUT_VERSION)?;
         }
         connection.pragma_update(None, "journal_mode", "wal")?;

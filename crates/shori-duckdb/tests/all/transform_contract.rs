@@ -71,6 +71,20 @@ async fn a_cache_of_an_older_layout_starts_afresh() {
     assert!(again.applied().await.unwrap().is_empty());
 }
 
+/// A program that does not know what this one adds to a file moves it aside.
+#[tokio::test]
+async fn a_cache_of_the_layout_before_goes_on_as_one_of_this() {
+    let directory = tempfile::tempdir().unwrap();
+    transform(directory.path()).open("store", &[], &[]).await.unwrap();
+    let open = || rusqlite::Connection::open(cache(directory.path())).unwrap();
+    open().execute_batch("pragma user_version = 1; drop table result_log").unwrap();
+    transform(directory.path()).open("store", &[], &[]).await.unwrap();
+    assert!(!directory.path().join("state.sqlite.replaced").exists());
+    let version: i32 = open().query_row("pragma user_version", [], |row| row.get(0)).unwrap();
+    let logged: i64 = open().query_row("select count(*) from result_log", [], |row| row.get(0)).unwrap();
+    assert_eq!((version, logged), (2, 0));
+}
+
 #[tokio::test]
 async fn a_query_that_does_not_bind_is_named_with_file_and_line() {
     use shori_core::position::CaptureId;
