@@ -356,7 +356,9 @@ impl Computer {
                 Ok(Computed::Output { positions, as_of_time, reader })
             }
             Err(error) => {
-                self.working = Working::default();
+                // What is held of others is as the file has it, and their outputs may be on their way.
+                let held = std::mem::take(&mut self.working.held);
+                self.working = Working { held, ..Working::default() };
                 self.session.recover(&error)?;
                 place.drop_tables(&self.session)?;
                 self.working.mirrors.open(&self.session, layout)?;

@@ -192,6 +192,7 @@ create table if not exists results (
     number integer primary key, projection text unique, definition text, checkpoint text
 );
 create table if not exists result_log (id integer primary key, number integer, rows blob);
+create index if not exists result_log_number on result_log (number);
 ";
 
 /// Keys that a commit has touched whose parts were written in its midst: how it found them.

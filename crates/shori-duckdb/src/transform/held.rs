@@ -149,6 +149,13 @@ impl HeldResult {
         rows.into_iter().for_each(|(key, row)| self.put(key, row));
     }
 
+    /// Whether the table is not all there is of a result.
+    pub fn is_logged(connection: &Connection, projection: &str) -> Result<bool> {
+        let Some(number) = results::number_of(connection, projection)? else { return Ok(false) };
+        let sql = "select exists (select 1 from result_log where number = ?)";
+        Ok(file::number(connection, sql, &[&number])? > 0)
+    }
+
     /// What was logged of a result means nothing any more; within a transaction.
     pub fn drop_log(connection: &Connection, projection: &str) -> Result<()> {
         let Some(number) = results::number_of(connection, projection)? else { return Ok(()) };

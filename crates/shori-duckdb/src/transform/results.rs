@@ -140,6 +140,10 @@ impl Settling<'_> {
     /// Takes the result to where an output took the target.
     fn take(&self, sql: &SqlProjection, shape: &Shape, pending: &mut Pending, working: &mut Working) -> Result<()> {
         let (name, held) = (&*self.projection.name, &mut working.held);
+        // Rows of the log count over those of the table: nothing goes into the table beside them.
+        if held.get(name).is_none() && HeldResult::is_logged(self.writer, name)? {
+            held.load(self.writer, name)?;
+        }
         let rows = match &mut pending.change {
             Change::Nothing => Some(&mut Vec::new()),
             Change::Rows(rows) => Some(rows),
@@ -168,7 +172,9 @@ impl Settling<'_> {
             failpoint::reached(failpoint::TRANSFORM_INSIDE_SETTLE);
             Ok(())
         })?;
-        held.let_go(name);
+        if held.get(name).is_some() || matches!(pending.change, Change::Whole) {
+            held.let_go(name);
+        }
         Ok(())
     }
 
